@@ -1,0 +1,101 @@
+"""The input side of a quantized linear layer: centre, smooth, rotate, then quantize token by token.
+
+With mu the channel mean, m the smoothing vector and R the rotation, a layer's input becomes
+
+    x~ = ((x - mu) * m) R        and its weight        W~ = (W / m) R,
+
+so that x~ W~^T + (b + W mu) = x W^T + b exactly. The random signs D of R = D H multiply m: the stored vector
+``input_scale`` is m * D and R continues as the plain H. Each token of x~ is quantized symmetrically with the step
+
+    delta = clip * max|x~| / (2^(bits-1) - 1),    codes clamped to [-2^(bits-1), 2^(bits-1) - 1].
+
+Smoothing: m_j = w_j^alpha / a_j^(1-alpha), a_j = max |x_j - mu_j|, w_j = max_i |W_ij| (SmoothQuant, arXiv 2211.10438,
+with the exponent's meaning of ViDiT-Q, arXiv 2406.02540), normalized to geometric mean 1 (a common factor cancels in the
+per-token and per-row scales) and stored in float16; the rounded vector is the one that is folded, so nothing is lost.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrqdit.rotation import Rotation
+
+SMOOTHING_RANGE = 1024.0
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """What a layer, or several layers that read the same tensor, do to their input before it is quantized.
+
+    Args:
+        rotation: the rotation without its signs.
+        input_offset: float16 (in_features,), the channel means mu, or None.
+        input_scale: float16 (in_features,), smoothing times the rotation's signs, or None.
+        clip: ratio of the per-token absmax that maps to the largest code.
+    """
+
+    rotation: Rotation
+    input_offset: Tensor | None
+    input_scale: Tensor | None
+    clip: float = 1.0
+
+    @property
+    def in_features(self) -> int:
+        return self.rotation.in_features
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in_features), any float dtype -> x~ float32."""
+        x = x.float()
+        if self.input_offset is not None:
+            x = x - self.input_offset.float()
+        if self.input_scale is not None:
+            x = x * self.input_scale.float()
+        return self.rotation.apply_without_signs(x)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W (out_features, in_features) -> W~ = (W / m) R, float32."""
+        weight = weight.float()
+        if self.input_scale is not None:
+            weight = weight / self.input_scale.float()
+        return self.rotation.apply_without_signs(weight)
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        """Inverse of :meth:`fold`: a weight of the rotated basis in the original one."""
+        weight = self.rotation.apply_transpose(weight)
+        return weight if self.input_scale is None else weight * self.input_scale.float()
+
+
+def quantize_tokens(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Dynamic symmetric quantization, one step per token.
+
+    Args:
+        x: float32 (tokens, channels), already transformed.
+        bits: 4, 6 or 8.
+        clip: ratio of the absmax that maps to the largest code.
+
+    Returns:
+        Codes int8 (tokens, channels) and steps float32 (tokens,); a token of zeros gets step 0 and codes 0.
+    """
+    largest = float(2 ** (bits - 1) - 1)
+    scale = x.abs().amax(dim=-1) * (clip / largest)
+    inverse = torch.where(scale > torch.finfo(torch.float32).tiny, 1.0 / scale, torch.zeros_like(scale))
+    codes = (x * inverse[..., None]).round_().clamp_(-largest - 1, largest)
+    return codes.to(torch.int8), scale
+
+
+def dequantize_tokens(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (tokens, channels) int8 and steps (tokens,) -> float32 (tokens, channels)."""
+    return codes.float() * scale[..., None]
+
+
+def smoothing_vector(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
+    """m_j = w_j^alpha / a_j^(1-alpha), float16 (in_features,), geometric mean 1; 1 where w_j or a_j is 0."""
+    a, w = activation_absmax.double(), weight_absmax.double()
+    is_alive = (a > 0) & (w > 0)
+    if not bool(is_alive.any()):
+        return torch.ones_like(a, dtype=torch.float16)
+    log = torch.where(is_alive, alpha * w.log() - (1 - alpha) * a.log(), torch.zeros_like(a))
+    log = torch.where(is_alive, log - log[is_alive].mean(), log)
+    return log.exp().clamp(1 / SMOOTHING_RANGE, SMOOTHING_RANGE).to(torch.float16)

@@ -1,0 +1,187 @@
+"""Observers on linear layers while the real model runs: bounded statistics, a reservoir of tokens, and who shares input.
+
+Memory does not grow with the number of steps: per layer input five vectors of its width and at most
+``calibration_tokens`` tokens are kept, in the model's own dtype. Layers that are given the very same tensor one after the
+other (q, k and v; FLUX's proj_mlp beside them) form one group, observed once.
+
+Reductions run single-threaded in float64 (numpy), so that the result does not depend on the number of threads.
+"""
+
+import copy
+import weakref
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lrqdit.errors import ModelError, NumericalError
+
+
+class ActivationStats:
+    """Running statistics of one layer input with ``channels`` channels.
+
+    Args:
+        channels: width of the input.
+        reservoir_size: how many tokens are kept, chosen uniformly over everything observed.
+        seed: seed of that choice.
+    """
+
+    def __init__(self, channels: int, reservoir_size: int, seed: int) -> None:
+        self.token_count = 0
+        self.channel_sum = np.zeros(channels)
+        self.channel_square_sum = np.zeros(channels)
+        self.channel_minimum = np.full(channels, np.inf)
+        self.channel_maximum = np.full(channels, -np.inf)
+        self.tokens: Tensor | None = None
+        self._priorities = torch.empty(0)
+        self._reservoir_size = reservoir_size
+        self._generator_state = torch.Generator().manual_seed(seed).get_state()
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of x (..., channels)."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        for chunk in x.split(4096):
+            values = chunk.to("cpu", torch.float32).numpy()
+            self.token_count += len(values)
+            self.channel_sum += values.sum(axis=0, dtype=np.float64)
+            self.channel_square_sum += np.square(values, dtype=np.float64).sum(axis=0)
+            np.minimum(self.channel_minimum, values.min(axis=0), out=self.channel_minimum)
+            np.maximum(self.channel_maximum, values.max(axis=0), out=self.channel_maximum)
+        self._sample(x)
+
+    def _sample(self, x: Tensor) -> None:
+        """Reservoir sampling by random priorities: the tokens with the largest ones so far stay."""
+        generator = torch.Generator()
+        generator.set_state(self._generator_state)
+        priorities = torch.rand(len(x), generator=generator)
+        self._generator_state = generator.get_state()
+        chosen = priorities.topk(min(self._reservoir_size, len(x))).indices.sort().values
+        tokens = x[chosen.to(x.device)].cpu()
+        merged = torch.cat([self._priorities, priorities[chosen]])
+        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens])
+        if len(merged) > self._reservoir_size:
+            kept = merged.topk(self._reservoir_size).indices.sort().values
+            merged, self.tokens = merged[kept], self.tokens[kept]
+        self._priorities = merged
+
+    @property
+    def rms(self) -> float:
+        """J = ||X||_F / sqrt(tokens * channels), the layer metric of the Adaptive Rotation Scheme."""
+        return float(np.sqrt(self.channel_square_sum.sum() / max(1, self.token_count * len(self.channel_sum))))
+
+    @property
+    def channel_mean(self) -> Tensor:
+        """float32 (channels,)."""
+        return torch.from_numpy(self.channel_sum / max(1, self.token_count)).float()
+
+    def channel_absmax(self, offset: Tensor | None = None) -> Tensor:
+        """max |x_j - offset_j| over all observed tokens, float32 (channels,)."""
+        shift = np.zeros_like(self.channel_sum) if offset is None else offset.double().numpy()
+        return torch.from_numpy(np.maximum(self.channel_maximum - shift, shift - self.channel_minimum)).float()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything :meth:`from_tensors` needs, for a checkpoint of the calibration."""
+        vectors = [self.channel_sum, self.channel_square_sum, self.channel_minimum, self.channel_maximum]
+        assert self.tokens is not None
+        return {
+            "count": torch.tensor(self.token_count),
+            "vectors": torch.from_numpy(np.stack(vectors)),
+            "tokens": self.tokens.contiguous(),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "ActivationStats":
+        """Statistics to read from; they cannot be updated further."""
+        stats = cls(tensors["tokens"].shape[1], len(tensors["tokens"]), seed=0)
+        stats.token_count, stats.tokens = int(tensors["count"]), tensors["tokens"]
+        stats.channel_sum, stats.channel_square_sum, stats.channel_minimum, stats.channel_maximum = (
+            tensors["vectors"].numpy().copy()
+        )
+        return stats
+
+
+class InputGroup:
+    """Layers that always read the same tensor: ``names[0]`` is the owner, ``stats`` describe their common input."""
+
+    def __init__(self, names: list[str], stats: ActivationStats) -> None:
+        self.names, self.stats = names, stats
+
+
+class Observer:
+    """Context manager that watches the inputs of named linear layers.
+
+    Args:
+        module: the model.
+        names: layers to watch.
+        reservoir_size: tokens kept per input.
+        seed: seed of the token choice.
+    """
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], reservoir_size: int, seed: int) -> None:
+        self._layers = {name: module.get_submodule(name) for name in names}
+        self._reservoir_size, self._seed = reservoir_size, seed
+        self._group_of: dict[str, InputGroup] = {}
+        self._last: tuple[weakref.ref, int, InputGroup] | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "Observer":
+        for name, layer in self._layers.items():
+            self._handles.append(
+                layer.register_forward_pre_hook(
+                    lambda _, arguments, keywords, name=name: self._observe(
+                        name, arguments[0] if arguments else keywords["input"]
+                    ),
+                    with_kwargs=True,
+                )
+            )
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._last = [], None
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        version = 0 if x.is_inference() else x._version
+        is_repeated = self._last is not None and self._last[0]() is x and self._last[1] == version
+        group = self._group_of.get(name)
+        if is_repeated and (group is None or (group is self._last[2] and group.names[0] != name)):
+            if group is None:
+                self._last[2].names.append(name)
+                self._group_of[name] = self._last[2]
+            return
+        if group is None:
+            seed = self._seed * 1_000_003 + len(self._group_of)
+            group = InputGroup([name], ActivationStats(x.shape[-1], self._reservoir_size, seed))
+        elif group.names[0] != name:  # it read its owner's tensor so far, and now does not: on its own from here on
+            group.names.remove(name)
+            group = InputGroup([name], copy.deepcopy(group.stats))
+        self._group_of[name] = group
+        group.stats.update(x)
+        self._last = weakref.ref(x), version, group
+
+    def groups(self) -> list[InputGroup]:
+        """The groups in the order of the model's layers.
+
+        Raises:
+            ModelError: if a layer was never run.
+            NumericalError: if an input contained NaN or Inf.
+        """
+        missing = [name for name in self._layers if name not in self._group_of]
+        if missing:
+            raise ModelError(
+                f"calibration: {len(missing)} of {len(self._layers)} layers never ran, the first is {missing[0]}; run "
+                "the whole model in forward_loop, or exclude them"
+            )
+        groups = list({id(self._group_of[name]): self._group_of[name] for name in self._layers}.values())
+        for group in groups:
+            if not np.isfinite(group.stats.channel_square_sum).all():
+                channel = int(np.flatnonzero(~np.isfinite(group.stats.channel_square_sum))[0])
+                raise NumericalError(
+                    f"calibration: the input of {group.names[0]} contains NaN or Inf (channel {channel}); run the "
+                    "model in a wider dtype (bfloat16 or float32) or check its weights"
+                )
+        return groups

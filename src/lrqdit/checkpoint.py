@@ -1,0 +1,261 @@
+"""Files: the version that is written, the checks before anything is read, and the folder that lets a run resume.
+
+A quantized diffusers model is an ordinary diffusers folder whose ``config.json`` has a ``quantization_config``; any other
+torch module is one ``model.safetensors`` beside a ``config.json`` of the same content. docs/FORMAT.md has every byte.
+Only safetensors and JSON are ever read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lrqdit.calibrate import ActivationStats, InputGroup
+from lrqdit.errors import CheckpointError
+from lrqdit.linear import LinearFormat, QuantLinear
+
+FORMAT_NAME = "lrqdit"
+FORMAT_VERSION = 1
+WEIGHT_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def format_config(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` of a quantized module: name, version, settings, and each layer's format."""
+    layers = {name: m.format.to_dict() for name, m in module.named_modules() if isinstance(m, QuantLinear)}
+    return {
+        "quant_method": FORMAT_NAME, "format_version": FORMAT_VERSION, "settings": dict(settings), "layers": layers,
+    }  # fmt: skip
+
+
+def check_version(version: object) -> None:
+    """Raise unless this package reads the given format version."""
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint has format version {version!r}, this lrqdit reads version {FORMAT_VERSION}; "
+            f"{'upgrade lrqdit' if isinstance(version, int) and version > FORMAT_VERSION else 'quantize it again'}"
+        )
+
+
+def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype: torch.dtype, device: Any) -> None:
+    """Replace the named linear layers by empty quantized ones, ready for ``load_state_dict``.
+
+    Raises:
+        CheckpointError: if a name or a shape does not fit the module: a checkpoint of another model.
+    """
+    formats = {name: LinearFormat.from_dict(values) for name, values in layers.items()}
+    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layout in formats.items():
+        layer = linear.get(name)
+        found = None if layer is None else (layer.out_features, layer.in_features)
+        if found != (layout.out_features, layout.in_features):
+            raise CheckpointError(
+                f"the checkpoint quantizes {name} as {layout.out_features} x {layout.in_features}, but this "
+                f"{type(module).__name__} has {'no such layer' if found is None else f'{found[0]} x {found[1]} there'}; "
+                "it belongs to another model"
+            )
+        if layout.input_from is not None and layout.input_from not in formats:
+            raise CheckpointError(f"{name} shares the input of {layout.input_from}, which is not quantized")
+        module.set_submodule(name, QuantLinear(layout, dtype, device))
+
+
+def tie_shared_inputs(module: nn.Module) -> None:
+    """Give every layer that shares an input the owner's transform; called after the owner's buffers are loaded."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantLinear)}
+    for layer in layers.values():
+        if layer.format.input_from is not None:
+            layer.share_input(layers[layer.format.input_from])
+
+
+def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
+    """Write a quantized module that is not a diffusers model: ``model.safetensors`` and ``config.json``.
+
+    Args:
+        module: it must have quantized layers.
+        folder: created if missing; files appear in it only when complete.
+        settings: recorded beside the layers; by default those that :func:`lrqdit.quantize` left on the module.
+    """
+    folder = Path(folder)
+    settings = settings if settings is not None else getattr(module, "lrqdit_settings", {})
+    config = format_config(module, settings)
+    if not config["layers"]:
+        raise CheckpointError(f"{type(module).__name__} has no quantized layer to save; call lrqdit.quantize first")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    _write(folder / WEIGHT_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
+    _write(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=1, sort_keys=True)))
+
+
+def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
+    """Turn a freshly built original module into the quantized one saved by :func:`save_checkpoint`; returns it.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, of another version or of another model.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_FILE)
+    if config.get("quant_method") != FORMAT_NAME:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not a configuration written by lrqdit.save_checkpoint")
+    check_version(config.get("format_version"))
+    check_safetensors(folder / WEIGHT_FILE)
+    parameter = next(module.parameters(), torch.empty(0))
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    allocate_layers(module, config["layers"], dtype, parameter.device)
+    try:
+        module.load_state_dict(load_file(folder / WEIGHT_FILE))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / WEIGHT_FILE} does not fit {type(module).__name__}: {error}") from error
+    tie_shared_inputs(module)
+    return module
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object, or raise :class:`CheckpointError` naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is the folder complete?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(values).__name__}, not an object")
+    return values
+
+
+def check_safetensors(path: Path) -> list[str]:
+    """Check a safetensors file's header against its length, without reading tensors; returns the tensor names."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; copy the whole folder again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{path} is not a safetensors file or is truncated ({size} bytes); copy it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{path} has a damaged header; copy it again") from error
+    if size != 8 + length + end:
+        raise CheckpointError(f"{path} has {size} bytes but its header describes {8 + length + end}; copy it again")
+    return list(header)
+
+
+def check_model_folder(folder: Path) -> list[str]:
+    """Check every weight file of a model folder; returns the tensor names (none if the folder has no safetensors)."""
+    names: list[str] = []
+    index_files = sorted(folder.glob("*.safetensors.index.json"))
+    for index_file in index_files:
+        weight_map = read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index_file} has no weight_map; copy it again")
+        for file_name in sorted(set(weight_map.values())):
+            if not isinstance(file_name, str) or Path(file_name).name != file_name:
+                raise CheckpointError(f"{index_file} names {file_name!r}, which lies outside its folder; do not load it")
+            names += check_safetensors(folder / file_name)
+        missing = sorted(set(weight_map) - set(names))
+        if missing:
+            raise CheckpointError(f"{folder} lacks the tensor {missing[0]} that {index_file.name} lists; copy it again")
+    for path in [] if index_files else sorted(folder.glob("*.safetensors")):
+        names += check_safetensors(path)
+    return names
+
+
+def check_pipeline_folder(folder: str | Path) -> dict[str, Any]:
+    """Check that a folder is a complete diffusers pipeline; returns its ``model_index.json``.
+
+    Raises:
+        CheckpointError: if it is not a pipeline, a component is missing, or a weight file is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; pass a diffusers pipeline folder or a hub id")
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
+    index = read_json(folder / "model_index.json")
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        part = folder / name
+        if Path(name).name != name or not part.is_dir():
+            raise CheckpointError(f"{folder} lists the component {name!r}, but has no such folder; copy it again")
+        check_model_folder(part)
+        if (part / CONFIG_FILE).exists():
+            read_json(part / CONFIG_FILE)
+    return index
+
+
+class RunFolder:
+    """Results of an unfinished run, one safetensors file each, under a fingerprint of everything they depend on.
+
+    Files are written beside their final name and renamed, so a killed run leaves complete results only. A folder of
+    another fingerprint is emptied.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+        self.folder = Path(folder)
+        marker = self.folder / "fingerprint"
+        if marker.exists() and marker.read_text() != fingerprint:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(marker, lambda path: path.write_text(fingerprint))
+
+    def save(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        metadata = {"values": json.dumps(values)}
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        _write(self.folder / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        check_safetensors(path)
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        return load_file(path), json.loads(header["__metadata__"]["values"])
+
+    def save_groups(self, groups: list[InputGroup]) -> None:
+        """Keep the calibration of a model."""
+        tensors = {f"{i}.{k}": v for i, g in enumerate(groups) for k, v in g.stats.to_tensors().items()}
+        self.save("calibration", tensors, {"names": [group.names for group in groups]})
+
+    def load_groups(self) -> list[InputGroup] | None:
+        """The calibration kept by :meth:`save_groups`, or None."""
+        found = self.load("calibration")
+        if found is None:
+            return None
+        tensors, values = found
+        return [
+            InputGroup(names, ActivationStats.from_tensors({k: tensors[f"{i}.{k}"] for k in ("count", "vectors", "tokens")}))
+            for i, names in enumerate(values["names"])
+        ]
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fingerprint(*values: Any, module: nn.Module | None = None) -> str:
+    """SHA-256 of JSON values and of every weight's shape and first kilobyte."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for name, parameter in [] if module is None else module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        head = parameter.detach().flatten()[:256].float().cpu().contiguous()
+        digest.update(head.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write beside the final name, then rename: the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)

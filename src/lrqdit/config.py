@@ -1,0 +1,139 @@
+"""What to do to a model: one frozen dataclass, presets parsed from their names, JSON in and out. No torch here.
+
+A preset is ``w<weight bits>a<activation bits>``: ``w4a8`` stores weights at 4 bits and multiplies them with activations
+quantized to 8. Two named modes set everything else:
+
+========== ================================================= ==========================================================
+mode       what it is                                        settings
+========== ================================================= ==========================================================
+``auto``   the default: per layer, the rotation and          one table per layer, centring, fitted activation clip,
+           smoothing with the smallest measured error        8-bit storage of the layers kept out of the low-bit set
+``paper``  LRQ-DiT as published (arXiv 2508.03485)           one table per row, smoothing 0.5, rotation by J >= 1,
+                                                             no clip, no centring, kept layers untouched
+========== ================================================= ==========================================================
+"""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+from lrqdit.errors import ConfigError
+
+WEIGHT_BITS = (2, 3, 4, 8)
+ACTIVATION_BITS = (4, 6, 8, 16)
+MODES: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "paper": {
+        "table_scope": "row",
+        "rotation": "threshold",
+        "smoothing": "always",
+        "is_centred": False,
+        "is_clipped": False,
+        "keep_bits": 16,
+    },
+}
+ROTATION_POLICIES = ("auto", "threshold", "none", "hadamard", "block_hadamard", "outlier")
+SMOOTHING_POLICIES = ("auto", "always", "never")
+TABLE_SCOPES = ("layer", "row")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """Everything that decides the bytes of a quantized model, beside the model and the calibration data.
+
+    Args:
+        weight_bits: 2, 3, 4 (Twin-Log levels) or 8 (uniform).
+        activation_bits: 4, 6, 8, or 16 for weight-only quantization.
+        mode: name of the mode the other defaults came from, ``auto`` or ``paper``.
+        codebook: weight levels, a key of :data:`lrqdit.codebook.CODEBOOKS`.
+        table_scope: ``layer`` (one int8 table per layer) or ``row`` (one per output row).
+        rotation: ``auto`` (smallest measured error), ``threshold`` (the paper's: Hadamard below ``rotation_threshold``,
+            R1 P R2 from it on), or one kind for every layer.
+        rotation_threshold: threshold on J, the RMS of a layer's input.
+        smoothing: ``auto`` (where it lowers the measured error), ``always`` or ``never``.
+        smoothing_alpha: exponent of the weights in the smoothing vector.
+        is_centred: subtract the calibrated channel mean and fold it into the bias.
+        is_clipped: fit a clip ratio of the per-token absmax for each layer.
+        keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).
+        exclude: regular expressions of further layers to keep.
+        calibration_tokens: size of the token reservoir of each layer input.
+        seed: seed of rotations and of calibration sampling.
+
+    Raises:
+        ConfigError: for any value outside the above.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 8
+    mode: str = "auto"
+    codebook: str = "twin_log"
+    table_scope: str = "layer"
+    rotation: str = "auto"
+    rotation_threshold: float = 1.0
+    smoothing: str = "auto"
+    smoothing_alpha: float = 0.5
+    is_centred: bool = True
+    is_clipped: bool = True
+    keep_bits: int = 8
+    exclude: tuple[str, ...] = ()
+    calibration_tokens: int = 768
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        _check_choice("weight_bits", self.weight_bits, WEIGHT_BITS)
+        _check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
+        _check_choice("mode", self.mode, tuple(MODES))
+        _check_choice("table_scope", self.table_scope, TABLE_SCOPES)
+        _check_choice("rotation", self.rotation, ROTATION_POLICIES)
+        _check_choice("smoothing", self.smoothing, SMOOTHING_POLICIES)
+        _check_choice("keep_bits", self.keep_bits, (8, 16))
+        if not 0 < self.smoothing_alpha < 1:
+            raise ConfigError(f"smoothing_alpha={self.smoothing_alpha!r} must lie between 0 and 1; 0.5 is the default")
+        if self.calibration_tokens < 16:
+            raise ConfigError(f"calibration_tokens={self.calibration_tokens} is too few to fit a clip; use 16 or more")
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"exclude={pattern!r} is not a regular expression: {error}") from error
+
+    @property
+    def preset(self) -> str:
+        """The preset's name, such as ``w4a8``."""
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+    @classmethod
+    def from_name(cls, name: str, mode: str = "auto", **changes: Any) -> "QuantizationConfig":
+        """Parse a preset such as ``"w4a8"``, under a mode, with single settings changed by keyword."""
+        match = re.fullmatch(r"w(\d+)a(\d+)", name.strip().lower()) if isinstance(name, str) else None
+        if match is None:
+            raise ConfigError(
+                f"preset {name!r} is not of the form w<bits>a<bits>; use w4a8, w3a8 or another of weight bits "
+                f"{WEIGHT_BITS} and activation bits {ACTIVATION_BITS}"
+            )
+        _check_choice("mode", mode, tuple(MODES))
+        settings = {"weight_bits": int(match[1]), "activation_bits": int(match[2]), "mode": mode, **MODES[mode]}
+        return cls.from_dict({**settings, **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "QuantizationConfig":
+        """Build from a dictionary (as read from JSON); unknown keys are errors."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-safe values."""
+        return {**dataclasses.asdict(self), "exclude": list(self.exclude)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def _check_choice(name: str, value: object, allowed: tuple) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not supported; use one of {', '.join(map(str, allowed))}")

@@ -1,0 +1,25 @@
+"""One family of errors: every failure a user can cause is a :class:`LrqditError` that says what, where and what to do."""
+
+
+class LrqditError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(LrqditError, ValueError):
+    """An option, a preset name or a configuration file is not acceptable."""
+
+
+class ModelError(LrqditError, ValueError):
+    """The model cannot be quantized as asked: no layer matches, it is quantized already, it is not a pipeline, ..."""
+
+
+class NumericalError(LrqditError, ValueError):
+    """Weights or calibration activations contain NaN or Inf."""
+
+
+class RotationError(LrqditError, ValueError):
+    """A rotation cannot be built or applied."""
+
+
+class CheckpointError(LrqditError, ValueError):
+    """A saved model is missing, truncated, of another format version, or belongs to another model."""

@@ -1,0 +1,224 @@
+"""From a dense linear layer to a quantized one: choose the input transform, fit the levels, fill the buffers.
+
+For every group of layers that read one tensor the candidates (smoothing or not, each rotation) are built, the weights
+are folded and quantized, and the output error on reservoir tokens decides:
+
+    error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
+
+relative to the part of the output that varies between tokens, so that a constant offset can neither hide nor inflate it.
+The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows and tokens decides.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrqdit import codebook, rotation
+from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
+from lrqdit.calibrate import ActivationStats
+from lrqdit.config import QuantizationConfig
+from lrqdit.errors import NumericalError, RotationError
+from lrqdit.linear import LinearFormat, QuantLinear
+
+OUTLIER_GAIN = 0.10
+ROWS_FOR_CHOICE = 384
+FLOAT16_MAX = 65504.0
+
+
+@dataclass
+class GroupReport:
+    """Why a group of layers got its input transform.
+
+    Args:
+        names: the layers that share the input, its owner first.
+        rms: J, the RMS of the input; None without calibration.
+        absmax: the largest |x|; None without calibration.
+        rotation, is_smoothed, clip: the choice.
+        error: relative output error of the choice.
+        candidates: relative output error by "rotation" or "rotation+smoothing".
+    """
+
+    names: list[str]
+    weight_bits: int
+    activation_bits: int
+    rotation: str
+    is_smoothed: bool
+    clip: float
+    rms: float | None = None
+    absmax: float | None = None
+    error: float | None = None
+    candidates: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gain(self) -> float | None:
+        """Error without rotation and smoothing over the error of the choice; above 1 is better."""
+        plain = self.candidates.get("none")
+        return plain / self.error if plain is not None and self.error else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "gain": self.gain}
+
+
+def squared_norm(x: Tensor) -> float:
+    """Sum of squares in float64, the same for any number of threads."""
+    return float(np.square(x.detach().cpu().numpy(), dtype=np.float64).sum())
+
+
+def choose_transform(
+    weights: dict[str, Tensor], stats: ActivationStats, config: QuantizationConfig, weight_bits: int, activation_bits: int
+) -> tuple[InputTransform, GroupReport]:
+    """Pick centring, smoothing, rotation and clip for layers that share an input.
+
+    Args:
+        weights: float32 (out_features, in_features) by layer name.
+        stats: of their common input.
+        config: its policies.
+        weight_bits, activation_bits: of this group (they differ from the config's for weight-only layers).
+    """
+    assert stats.tokens is not None
+    name, x = next(iter(weights)), stats.tokens.float()
+    mean, offset = stats.channel_mean, None
+    if config.is_centred:
+        offset = mean.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
+    center = torch.zeros_like(mean) if offset is None else offset.float()
+    absmax = stats.channel_absmax(center)
+    weight_absmax = torch.stack([w.abs().amax(dim=0) for w in weights.values()]).amax(dim=0)
+    smoothing = smoothing_vector(absmax, weight_absmax, config.smoothing_alpha)
+    rows = torch.cat([w[:: max(1, math.ceil(len(w) * len(weights) / ROWS_FOR_CHOICE))] for w in weights.values()])
+    target, varying = F.linear(x - center, rows), squared_norm(F.linear(x - mean, rows))
+
+    is_measured = config.rotation == "auto" or config.smoothing == "auto"
+    best: tuple[float, InputTransform, GroupReport] | None = None
+    errors: dict[str, float] = {}
+    for is_smoothed in {"auto": (False, True), "always": (True,), "never": (False,)}[config.smoothing]:
+        for kind in _candidate_rotations(config, stats.rms):
+            seed = config.seed * 1_000_003 + len(mean)
+            scale = smoothing.float() if is_smoothed else torch.ones_like(mean)
+            try:
+                sample = (x - center) * scale
+                built = rotation.build(len(mean), kind, seed, channel_absmax=absmax * scale, sample=sample)
+            except RotationError:
+                if is_measured:
+                    continue  # a width that this kind cannot rotate is not a candidate
+                raise
+            signed = scale if built.signs is None else scale * built.signs
+            stored = None if not is_smoothed and built.signs is None else signed.to(torch.float16)
+            transform = InputTransform(
+                rotation.Rotation.from_tensors(kind, len(mean), built.factors, built.tensors()), offset, stored
+            )
+            folded = transform.fold(rows)
+            levels = _fit_levels(name, folded, weight_bits, config)
+            transform, error = _fit_clip(
+                transform, transform.apply(x), levels.quantize(folded), target, varying, activation_bits, config
+            )
+            errors[kind + ("+smoothing" if is_smoothed else "")] = error
+            # R1 P R2 costs time and bits: it must clearly beat what is there already
+            handicap = 1 - OUTLIER_GAIN if kind == "outlier" and is_measured else 1.0
+            if best is None or error < best[0] * handicap:
+                report = GroupReport(
+                    list(weights), weight_bits, activation_bits, kind, is_smoothed, transform.clip, stats.rms,
+                    float(stats.channel_absmax().max()), error, errors,
+                )  # fmt: skip
+                best = error, transform, report
+    if best is None:
+        raise RotationError(f"{name}: no rotation of {config.rotation!r} fits width {len(mean)}; use 'hadamard'")
+    return best[1], best[2]
+
+
+def _candidate_rotations(config: QuantizationConfig, rms: float) -> tuple[str, ...]:
+    if config.rotation == "auto":
+        return "none", "hadamard", "outlier"
+    if config.rotation == "threshold":
+        return ("hadamard" if rms < config.rotation_threshold else "outlier",)
+    return (config.rotation,)
+
+
+def _fit_clip(
+    transform: InputTransform, x: Tensor, weight: Tensor, target: Tensor, varying: float, bits: int,
+    config: QuantizationConfig,
+) -> tuple[InputTransform, float]:  # fmt: skip
+    """The clip ratio with the smallest output error; x and weight in the rotated basis, weight already quantized."""
+    if bits == 16:
+        return transform, squared_norm(F.linear(x, weight) - target) / max(varying, 1e-300)
+    best_clip, best_error = 1.0, math.inf
+    for clip in CLIP_RATIOS if config.is_clipped else (1.0,):
+        error = squared_norm(F.linear(dequantize_tokens(*quantize_tokens(x, bits, clip)), weight) - target)
+        if error >= best_error * 1.02:
+            break  # the error is unimodal in the clip
+        if error < best_error:
+            best_clip, best_error = clip, error
+    clipped = InputTransform(transform.rotation, transform.input_offset, transform.input_scale, best_clip)
+    return clipped, best_error / max(varying, 1e-300)
+
+
+def _fit_levels(name: str, weight: Tensor, bits: int, config: QuantizationConfig) -> codebook.Codebook:
+    try:
+        return codebook.fit(weight, bits, config.codebook, scope=config.table_scope)
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from error
+
+
+def data_free_transform(in_features: int, config: QuantizationConfig, activation_bits: int) -> InputTransform:
+    """Without calibration: a randomized Hadamard rotation and the clip that is best for Gaussian tokens."""
+    kind = "hadamard" if config.rotation in ("auto", "threshold", "outlier") else config.rotation
+    built = rotation.build(in_features, kind, config.seed * 1_000_003 + in_features)
+    plain = rotation.Rotation.from_tensors(kind, in_features, built.factors, built.tensors())
+    scale = None if built.signs is None else built.signs.to(torch.float16)
+    clip = {4: 0.75, 6: 0.9}.get(activation_bits, 1.0) if config.is_clipped else 1.0
+    return InputTransform(plain, None, scale, clip)
+
+
+def quantize_linear(
+    name: str, weight: Tensor, bias: Tensor | None, transform: InputTransform, config: QuantizationConfig,
+    weight_bits: int, activation_bits: int, dtype: torch.dtype, input_from: str | None = None,
+) -> QuantLinear:  # fmt: skip
+    """Fold the transform into a layer's weight and bias, fit its levels, encode and pack.
+
+    Args:
+        name: for messages.
+        weight: float (out_features, in_features); bias: float (out_features,) or None.
+        transform: of the layer's input.
+        dtype: the dtype the layer answers for its weight.
+        input_from: name of the layer that owns the transform, if it is another one.
+
+    Raises:
+        NumericalError: if the weight contains NaN or Inf.
+    """
+    weight = weight.detach().cpu().float()
+    folded = transform.fold(weight)
+    levels = _fit_levels(name, folded, weight_bits, config)
+    new_bias = None if bias is None else bias.detach().cpu().float()
+    if transform.input_offset is not None:
+        shift = (weight.numpy().astype(np.float64) * transform.input_offset.double().numpy()).sum(axis=1)
+        shift = torch.from_numpy(shift)
+        new_bias = (shift if new_bias is None else new_bias.double() + shift).float()
+    r = transform.rotation
+    layout = LinearFormat(
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        codebook=levels.kind,
+        table_rows=0 if weight_bits == 8 else len(levels.table),
+        rotation=r.kind,
+        factors=r.factors,
+        clip=transform.clip,
+        has_bias=new_bias is not None,
+        has_original_bias=bias is not None,
+        has_offset=transform.input_offset is not None,
+        has_scale=transform.input_scale is not None,
+        input_from=input_from,
+    )
+    table = None if weight_bits == 8 else levels.table
+    return QuantLinear(layout, dtype).fill(levels.encode(folded), table, levels.row_scale, new_bias, transform)
+
+
+def keep_at_8_bits(name: str, layer: nn.Linear, config: QuantizationConfig) -> QuantLinear:
+    """A layer outside the low-bit set, stored weight-only: uniform 8-bit levels per row, no transform."""
+    plain = InputTransform(rotation.Rotation("none", layer.in_features), None, None)
+    return quantize_linear(name, layer.weight, layer.bias, plain, config, 8, 16, layer.weight.dtype)

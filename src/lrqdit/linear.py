@@ -1,0 +1,287 @@
+"""The quantized linear layer: an ``nn.Linear`` to everyone who asks, packed codes and int8 levels inside.
+
+All state lies in integer buffers, and the state dict is the checkpoint. Float side data (row scales, bias, input offset
+and scale) is kept as the bit pattern of its float type in an integer buffer of the same width: no ``.half()``, no loader
+that casts float tensors, no offloading hook can change it, and reading it back is a view.
+
+Layers that read the same tensor share one input transform. Its first reader stores it; the others hold it in
+non-persistent buffers (``input_from`` in their format names the owner) and reuse the codes that the first one computed.
+"""
+
+import dataclasses
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrqdit import ops
+from lrqdit.activation import InputTransform
+from lrqdit.errors import CheckpointError, ModelError
+from lrqdit.packing import pack, packed_shape
+from lrqdit.rotation import Rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearFormat:
+    """Everything needed to allocate a quantized linear layer and to read its buffers; JSON in the model's config.
+
+    Args:
+        in_features, out_features: the layer's shape.
+        weight_bits: 2, 3, 4 or 8.
+        activation_bits: 4, 6, 8 or 16 (weight-only).
+        codebook: kind of the levels.
+        table_rows: rows of the int8 table: 1, out_features, or 0 for 8-bit codes, which need none.
+        rotation: kind of the rotation.
+        factors: its Kronecker factors (or block sizes).
+        clip: activation clip ratio.
+        has_bias, has_offset, has_scale: which optional buffers exist.
+        has_original_bias: whether the layer had a bias before centring gave it one.
+        input_from: name of the layer whose input transform this one shares, or None.
+    """
+
+    in_features: int
+    out_features: int
+    weight_bits: int
+    activation_bits: int
+    codebook: str = "twin_log"
+    table_rows: int = 1
+    rotation: str = "none"
+    factors: tuple[int, ...] = ()
+    clip: float = 1.0
+    has_bias: bool = True
+    has_original_bias: bool = True
+    has_offset: bool = False
+    has_scale: bool = False
+    input_from: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe values; settings at their default are left out."""
+        values = dataclasses.asdict(self)
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v != defaults[k]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LinearFormat":
+        """Inverse of :meth:`to_dict`; unknown or missing keys raise :class:`CheckpointError`."""
+        try:
+            return cls(**{**values, "factors": tuple(values.get("factors", ()))})
+        except TypeError as error:
+            raise CheckpointError(f"layer format {values!r} is not readable: {error}; is it a newer version?") from error
+
+
+class SharedInput:
+    """The codes of the last tensor that a group of layers quantized, dropped after the group's last reader."""
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self.entry: tuple[weakref.ref, int, Tensor, Tensor] | None = None
+        self.reads_left = 0
+
+    def get(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        entry = self.entry
+        if entry is None or entry[0]() is not x or x.is_inference() or entry[1] != x._version:
+            return None
+        self.reads_left -= 1
+        if self.reads_left <= 0:
+            self.entry = None
+        return entry[2], entry[3]
+
+    def put(self, x: Tensor, codes: Tensor, scale: Tensor) -> None:
+        if self.readers > 1 and not x.is_inference():  # an inference tensor has no version to check
+            self.entry, self.reads_left = (weakref.ref(x), x._version, codes, scale), self.readers - 1
+
+
+class QuantLinear(nn.Linear):
+    """y = x W^T + b with packed W. Built empty from its format; filled by :meth:`fill` or ``load_state_dict``.
+
+    Args:
+        format: the layer's :class:`LinearFormat`.
+        dtype: what ``weight.dtype`` answers; follows ``.to(dtype)``. The output has the input's dtype, or autocast's.
+        device: where the buffers are allocated.
+    """
+
+    def __init__(self, format: LinearFormat, dtype: torch.dtype = torch.float32, device: Any = None) -> None:
+        nn.Module.__init__(self)
+        self.format = format
+        self.in_features, self.out_features = format.in_features, format.out_features
+        self.shared_input = SharedInput(1)
+        packed = packed_shape(self.out_features, self.in_features, format.weight_bits)
+        self._declare("packed", packed, torch.uint8, device)
+        if format.table_rows:
+            self._declare("table", (format.table_rows, 1 << format.weight_bits), torch.int8, device)
+        self._declare("row_scale_bits", (self.out_features,), torch.int32, device)
+        if format.has_bias:
+            self._declare("bias_bits", (self.out_features,), torch.int32, device)
+        for name, (shape, kind) in self._input_buffers().items():
+            self._declare(name, shape, kind, device, is_persistent=format.input_from is None)
+        marker = torch.empty(0, dtype=dtype, device=device)
+        self.register_buffer("_dtype_marker", marker, persistent=False)
+
+    def _declare(self, name: str, shape: tuple, dtype: torch.dtype, device: Any, is_persistent: bool = True) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=is_persistent)
+
+    def _input_buffers(self) -> dict[str, tuple[tuple, torch.dtype]]:
+        buffers: dict[str, tuple[tuple, torch.dtype]] = {}
+        if self.format.has_offset:
+            buffers["input_offset_bits"] = (self.in_features,), torch.int16
+        if self.format.has_scale:
+            buffers["input_scale_bits"] = (self.in_features,), torch.int16
+        if self.format.rotation == "outlier":
+            block = self.format.factors[0]
+            buffers["block1_bits"] = buffers["block2_bits"] = (block, block), torch.int32
+            buffers["permutation"] = (self.in_features,), torch.int32
+        return buffers
+
+    def fill(
+        self, codes: Tensor, table: Tensor | None, row_scale: Tensor, bias: Tensor | None, transform: InputTransform
+    ) -> "QuantLinear":
+        """Set every buffer. codes (out, in) uint8, table int8, row_scale and bias float32; returns self."""
+        rotation = transform.rotation
+        values = {
+            "packed": pack(codes, self.format.weight_bits),
+            "table": table,
+            "row_scale_bits": row_scale.float().view(torch.int32),
+            "bias_bits": None if bias is None else bias.float().view(torch.int32),
+            "input_offset_bits": None if transform.input_offset is None else transform.input_offset.view(torch.int16),
+            "input_scale_bits": None if transform.input_scale is None else transform.input_scale.view(torch.int16),
+            "block1_bits": None if rotation.block1 is None else rotation.block1.view(torch.int32),
+            "block2_bits": None if rotation.block2 is None else rotation.block2.view(torch.int32),
+            "permutation": rotation.permutation,
+        }
+        for name, buffer in self.named_buffers():
+            if name != "_dtype_marker":
+                buffer.copy_(values[name])
+        return self
+
+    def share_input(self, owner: "QuantLinear") -> None:
+        """Read the same input transform as ``owner``, and reuse the codes it computes."""
+        for name in self._input_buffers():
+            setattr(self, name, getattr(owner, name))
+        owner.shared_input.readers += 1
+        self.shared_input = owner.shared_input
+
+    def _float_view(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        buffer = self._buffers.get(name)
+        return None if buffer is None else buffer.view(dtype)
+
+    @property
+    def row_scale(self) -> Tensor:
+        """float32 (out_features,)."""
+        return self.row_scale_bits.view(torch.float32)
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """float32 (out_features,), the folded channel mean W mu included; None if the layer has none."""
+        return self._float_view("bias_bits", torch.float32)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A stand-in without storage that answers dtype, device and shape; any arithmetic on it is an error."""
+        marker = self._dtype_marker
+        stub = torch.empty((1, 1), dtype=marker.dtype, device=marker.device).expand(self.out_features, self.in_features)
+        return stub.as_subclass(WeightStub)
+
+    @property
+    def input_transform(self) -> InputTransform:
+        """The centring, smoothing, rotation and clip of this layer's input, as views of its buffers."""
+        rotation = Rotation(
+            self.format.rotation, self.in_features, self.format.factors, None,
+            self._float_view("block1_bits", torch.float32), self._float_view("block2_bits", torch.float32),
+            self._buffers.get("permutation"),
+        )  # fmt: skip
+        offset, scale = (self._float_view(f"input_{name}_bits", torch.float16) for name in ("offset", "scale"))
+        return InputTransform(rotation, offset, scale, self.format.clip)
+
+    def dequantize(self) -> Tensor:
+        """The weight this layer multiplies with, in the original basis: float32 (out_features, in_features)."""
+        return self.input_transform.unfold(self._decode().float() * self.row_scale[:, None])
+
+    def to_linear(self) -> nn.Linear:
+        """A dense ``nn.Linear`` that computes the same from unquantized activations."""
+        weight, offset = self.dequantize(), self.input_transform.input_offset
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, torch.float32)
+        with torch.no_grad():
+            dense.weight.copy_(weight)
+            if self.bias is not None:
+                dense.bias.copy_(self.bias if offset is None else self.bias - weight @ offset.float())
+        return dense.to(self._dtype_marker.dtype)
+
+    def _decode(self) -> Tensor:
+        f = self.format
+        return ops.decode_weight(self.packed, self._buffers.get("table"), f.in_features, f.out_features, f.weight_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ModelError(f"quantized linear: input of shape {tuple(x.shape)} must end in {self.in_features}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _StraightThrough.apply(x, self)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weight = (self.packed, self._buffers.get("table"), self.row_scale, self.bias, self.format.weight_bits, out_dtype)
+        if self.format.activation_bits == 16:
+            y = ops.weight_only_linear(x.reshape(-1, self.in_features), *self._input_arguments(), *weight)
+        else:
+            y = ops.quantized_linear(*self.quantize_input(x), *weight)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 (tokens, in_features) and steps float32 (tokens,) of x (..., in_features)."""
+        is_eager = not torch.compiler.is_compiling()  # a compiler merges equal calls by itself
+        if is_eager and (found := self.shared_input.get(x)) is not None:
+            return found
+        tokens = x.reshape(-1, self.in_features)
+        format = self.format
+        codes, scale = ops.quantize_tokens(tokens, *self._input_arguments(), format.activation_bits, format.clip)
+        if is_eager:
+            self.shared_input.put(x, codes, scale)
+        return codes, scale
+
+    def _input_arguments(self) -> tuple:
+        t, r = self.input_transform, self.input_transform.rotation
+        return t.input_offset, t.input_scale, r.kind, list(r.factors), r.block1, r.permutation, r.block2
+
+    def extra_repr(self) -> str:
+        f = self.format
+        return (
+            f"{f.in_features} -> {f.out_features}, w{f.weight_bits}a{f.activation_bits}, {f.codebook}, "
+            f"rotation={f.rotation}"
+        )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Gradient to x as if nothing were rounded: dL/dx = (dL/dy) W with the dequantized W (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._forward(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
+
+
+class WeightStub(torch.Tensor):
+    """Answers questions about a packed weight; refuses to take part in any computation."""
+
+    _ANSWERS = frozenset(
+        {"__get__", "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size",
+         "stride", "get_device", "__len__", "type", "detach", "__hash__", "is_contiguous", "requires_grad_",
+         "untyped_storage", "data_ptr"}
+    )  # fmt: skip
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.__name__ in cls._ANSWERS:
+            return super().__torch_function__(func, types, args, kwargs)
+        raise ModelError(
+            f"{func.__name__} on the weight of a quantized linear layer: it is packed and cannot be computed with or "
+            "changed in place; use layer.dequantize() for its values, and keep LoRA adapters unmerged"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"WeightStub(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

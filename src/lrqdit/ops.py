@@ -1,0 +1,111 @@
+"""The operators of a quantized linear layer: schemas, fake tensors, and the plain-torch reference of every kernel.
+
+========================================  ==============================================================================
+``lrqdit::quantize_tokens``               x -> int8 codes and one step per token (centre, smooth, rotate, clip, round)
+``lrqdit::quantized_linear``              int8 codes x packed weights -> output (integer product, scales, bias)
+``lrqdit::weight_only_linear``            the transformed x in float32 x packed weights -> output
+========================================  ==============================================================================
+
+The first two are separate so that layers which read the same tensor (q, k and v) quantize it once. The reference
+implementations here run on every device; a kernel registers itself for one dispatch key and must agree with them: the
+integer part exactly, the rest to float rounding.
+"""
+
+import torch
+from torch import Tensor
+
+from lrqdit import activation
+from lrqdit.packing import unpack
+from lrqdit.rotation import Rotation
+
+_TRANSFORM = (
+    "Tensor x, Tensor? input_offset, Tensor? input_scale, str rotation, int[] factors, "
+    "Tensor? block1, Tensor? permutation, Tensor? block2"
+)
+_WEIGHT = "Tensor packed, Tensor? table, Tensor row_scale, Tensor? bias, int bits, ScalarType out_dtype"
+ROWS_PER_CHUNK = 2048
+
+LIBRARY = torch.library.Library("lrqdit", "DEF")
+LIBRARY.define(f"quantize_tokens({_TRANSFORM}, int bits, float clip) -> (Tensor, Tensor)")
+LIBRARY.define(f"quantized_linear(Tensor codes, Tensor scale, {_WEIGHT}) -> Tensor")
+LIBRARY.define(f"weight_only_linear({_TRANSFORM}, {_WEIGHT}) -> Tensor")
+
+
+def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_features: int, bits: int) -> Tensor:
+    """Packed codes -> the int8 weights that are multiplied, (out_features, in_features).
+
+    ``table`` is int8 (1 or out_features, 2**bits); None stands for 8-bit codes, whose value is code - 128.
+    """
+    codes = unpack(packed, out_features, in_features, bits)
+    if table is None:
+        return (codes.int() - 128).to(torch.int8)
+    if table.shape[0] == 1:
+        return torch.cat([table[0][chunk.int()] for chunk in codes.split(ROWS_PER_CHUNK)])
+    return torch.cat(
+        [t.gather(1, chunk.long()) for t, chunk in zip(table.split(ROWS_PER_CHUNK), codes.split(ROWS_PER_CHUNK))]
+    )
+
+
+def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact a b^T of int8 (m, k) and (n, k) -> int32 (m, n), on any device."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a, b.t())
+    # |a b| <= 2^14, so 1024 products stay within the 24 bits of a float32
+    parts = (x.float() @ y.float().t() for x, y in zip(a.split(1024, dim=1), b.split(1024, dim=1)))
+    return sum((part.int() for part in parts), torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device))
+
+
+def _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
+    parts = Rotation(rotation, x.shape[-1], tuple(factors), None, block1, block2, permutation)
+    return activation.InputTransform(parts, input_offset, input_scale).apply(x)
+
+
+def _quantize_tokens(
+    x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip
+) -> tuple[Tensor, Tensor]:
+    x = _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    return activation.quantize_tokens(x, bits, clip)
+
+
+def _quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:
+    weight = decode_weight(packed, table, codes.shape[1], row_scale.shape[0], bits)
+    y = integer_matmul(codes, weight).float().mul_(row_scale).mul_(scale[:, None])
+    return (y if bias is None else y.add_(bias)).to(out_dtype)
+
+
+def _weight_only_linear(
+    x, input_offset, input_scale, rotation, factors, block1, permutation, block2,
+    packed, table, row_scale, bias, bits, out_dtype,
+) -> Tensor:  # fmt: skip
+    x = _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    weight = decode_weight(packed, table, x.shape[1], row_scale.shape[0], bits)
+    y = torch.nn.functional.linear(x, weight.float()).mul_(row_scale)
+    return (y if bias is None else y.add_(bias)).to(out_dtype)
+
+
+LIBRARY.impl("quantize_tokens", _quantize_tokens, "CompositeExplicitAutograd")
+LIBRARY.impl("quantized_linear", _quantized_linear, "CompositeExplicitAutograd")
+LIBRARY.impl("weight_only_linear", _weight_only_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lrqdit::quantize_tokens", lib=LIBRARY)
+def _(x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip):
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+@torch.library.register_fake("lrqdit::quantized_linear", lib=LIBRARY)
+def _(codes, scale, packed, table, row_scale, bias, bits, out_dtype):
+    return codes.new_empty(codes.shape[0], row_scale.shape[0], dtype=out_dtype)
+
+
+@torch.library.register_fake("lrqdit::weight_only_linear", lib=LIBRARY)
+def _(
+    x, input_offset, input_scale, rotation, factors, block1, permutation, block2,
+    packed, table, row_scale, bias, bits, out_dtype,
+):  # fmt: skip
+    return x.new_empty(x.shape[0], row_scale.shape[0], dtype=out_dtype)
+
+
+quantize_tokens = torch.ops.lrqdit.quantize_tokens
+quantized_linear = torch.ops.lrqdit.quantized_linear
+weight_only_linear = torch.ops.lrqdit.weight_only_linear

@@ -1,0 +1,89 @@
+"""Codes of 2, 3, 4 or 8 bits, packed so that a vector unit can decode them without a gather.
+
+The unit is a tile of 16 output channels x 16 input channels, ``32 * bits`` bytes. Write channel n of the tile as
+n = 4 j + p (lane j, position p) and let k be the input channel inside the tile:
+
+====  ==================================================================================================
+bits  bytes of a tile
+====  ==================================================================================================
+8     byte 64 p + 16 j + k holds the code
+4     byte 64 v + 16 j + k holds position p = 2 v in its low half and p = 2 v + 1 in its high half
+2     byte 16 j + k holds position p in bits 2 p and 2 p + 1
+3     the two low bits as above (64 bytes), then bit 16 j + k (little endian) of the 64-bit word p holds the third
+====  ==================================================================================================
+
+A 128-bit lane therefore holds sixteen consecutive inputs of one output channel: one byte shuffle looks them up in that
+channel's own 16-entry table, and a 4 x 4 transpose of 32-bit words gives the order of an int8 dot-product instruction.
+Channels beyond the layer's own are padded with code 0. Tiles are stored in the order (output tile, input tile).
+"""
+
+import torch
+from torch import Tensor
+
+from lrqdit.errors import ConfigError
+
+TILE = 16
+PACKED_BITS = (2, 3, 4, 8)
+
+
+def packed_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int, int]:
+    """Shape of the packed uint8 tensor: (output tiles, input tiles, bytes per tile)."""
+    _check_bits(bits)
+    return -(-out_features // TILE), -(-in_features // TILE), 32 * bits
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (out_features, in_features) uint8, each below 2**bits, into :func:`packed_shape` uint8.
+
+    Raises:
+        ConfigError: for unsupported bits or a code that does not fit.
+    """
+    out_tiles, in_tiles, tile_bytes = packed_shape(*codes.shape, bits)
+    if codes.numel() and int(codes.max()) >= 1 << bits:
+        raise ConfigError(f"pack: code {int(codes.max())} does not fit {bits} bits; codes must be below {1 << bits}")
+    padded = torch.zeros(out_tiles * TILE, in_tiles * TILE, dtype=torch.uint8, device=codes.device)
+    padded[: codes.shape[0], : codes.shape[1]] = codes
+    # (output tile, lane j, position p, input tile, k) -> (output tile, input tile, p, 16 j + k)
+    tiles = padded.view(out_tiles, 4, 4, in_tiles, TILE).permute(0, 3, 2, 1, 4).reshape(out_tiles, in_tiles, 4, 64)
+    if bits == 8:
+        return tiles.reshape(out_tiles, in_tiles, tile_bytes).contiguous()
+    if bits == 4:
+        return (tiles[:, :, 0::2] | tiles[:, :, 1::2] << 4).reshape(out_tiles, in_tiles, tile_bytes)
+    low = tiles & 3
+    plane = low[:, :, 0] | low[:, :, 1] << 2 | low[:, :, 2] << 4 | low[:, :, 3] << 6
+    if bits == 2:
+        return plane
+    third = (tiles >> 2).view(out_tiles, in_tiles, 4, 8, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
+    third = (third * weights).sum(dim=-1, dtype=torch.uint8).view(out_tiles, in_tiles, 32)
+    return torch.cat([plane, third], dim=-1)
+
+
+def unpack(packed: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
+    """Inverse of :func:`pack`: codes (out_features, in_features) uint8."""
+    shape = packed_shape(out_features, in_features, bits)
+    if tuple(packed.shape) != shape:
+        raise ConfigError(
+            f"unpack: packed has shape {tuple(packed.shape)}, but a {out_features} x {in_features} layer at {bits} bits "
+            f"has {shape}"
+        )
+    out_tiles, in_tiles, _ = shape
+    if bits == 8:
+        tiles = packed.view(out_tiles, in_tiles, 4, 64)
+    elif bits == 4:
+        halves = packed.view(out_tiles, in_tiles, 2, 64)
+        tiles = torch.stack([halves & 15, halves >> 4], dim=3).reshape(out_tiles, in_tiles, 4, 64)
+    else:
+        plane = packed[:, :, :64]
+        tiles = torch.stack([plane & 3, plane >> 2 & 3, plane >> 4 & 3, plane >> 6], dim=2)
+        if bits == 3:
+            shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+            third = packed[:, :, 64:].reshape(out_tiles, in_tiles, 4, 8, 1) >> shifts & 1
+            tiles = tiles | third.view(out_tiles, in_tiles, 4, 64) << 2
+    codes = tiles.view(out_tiles, in_tiles, 4, 4, TILE).permute(0, 3, 2, 1, 4)
+    return codes.reshape(out_tiles * TILE, in_tiles * TILE)[:out_features, :in_features].contiguous()
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in PACKED_BITS:
+        raise ConfigError(f"packing: bits={bits!r} is not supported; use one of {PACKED_BITS}")
