@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lrqdit import rotation
 from lrqdit.errors import RotationError
-from lrqdit.rotation import ROTATIONS, Rotation, build, hadamard_matrix, kronecker_factors, zigzag_permutation
+from lrqdit.hadamard import hadamard_matrix, kronecker_factors
+from lrqdit.rotation import ROTATIONS, Rotation, build, zigzag_permutation
 
 TRANSFORMER_WIDTHS = [
     *(64, 96, 192, 288, 384, 864, 1024, 1152, 1408, 1536, 1920, 2048, 2240, 2304, 2432, 2816, 3072, 3360, 3840),
@@ -293,7 +294,6 @@ def test_default_dtype_does_not_matter():
         ((True, "hadamard"), {}, "in_features=True"),
         ((96, "hadamard", -1), {}, "seed=-1"),
         ((96, "hadamard", 2**63), {}, "seed="),
-        ((96, "outlier"), {}, "without channel_absmax"),
         ((96, "outlier"), {"channel_absmax": torch.ones(95)}, r"\(95,\)"),
         ((96, "outlier"), {"channel_absmax": torch.ones(1, 96)}, r"\(1, 96\)"),
         ((96, "outlier"), {"channel_absmax": torch.full((96,), math.nan)}, "finite"),
@@ -370,3 +370,10 @@ def test_from_tensors_refuses_damaged_tensors(damage):
 
 def test_the_table_of_the_module_names_every_kind():
     assert all(f"`{kind}`" in (rotation.__doc__ or "") for kind in ROTATIONS)
+
+
+def test_outlier_without_magnitudes_is_orthogonal_and_mixes():
+    made = build(96, "outlier")
+    matrix = made.matrix()
+    assert torch.allclose(matrix @ matrix.T, torch.eye(96), atol=1e-5)
+    assert float(matrix.abs().max()) < 0.9

@@ -39,7 +39,7 @@ class Emoji:
 
     def captions(self) -> list[str]:
         """Every wording the model sees for this emoji during training; the first is the one it is tested on."""
-        group = self.category.lower().replace("&", "and")
+        group = self.category.split()[0].lower()
         words = [self.name, f"an emoji of {self.name}", f"{self.name}, {group}", f"{self.name} emoji"]
         return words + [alias for alias in self.aliases if alias != self.name]
 

@@ -13,110 +13,33 @@ one quantization step per token fits them all.
 
 Random signs make the Hadamard rotations random (QuaRot, arXiv 2404.00456); they come first, so a caller can fold them
 into a per-channel scale and use `Rotation.apply_without_signs`. The outlier rotation is DuQuant's (arXiv 2406.01721).
-
-Hadamard orders: Sylvester's doubling, Paley's two constructions over GF(q) for every prime power q (1933), and four
-circulants in the Goethals-Seidel array (1967) for 92, 116, 156 and 172. Every multiple of 4 below 188 is reached.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lrqdit.errors import RotationError
+from lrqdit.hadamard import (
+    MAX_DCT_FACTOR,
+    MAX_HADAMARD_FACTOR,
+    check_width,
+    divisors,
+    factor_matrix,
+    has_hadamard_order,
+    is_whole,
+    kronecker_factors,
+)
 
-MAX_HADAMARD_FACTOR = 512
-MAX_DCT_FACTOR = 2048
 MAX_BLOCK = 128
 GREEDY_STEPS = 256
 SAMPLE_ROWS = 2048
 # With fewer rows (5 to 7, 9 to 11, ...) the bits of a CPU matrix product depend on the number of threads.
 MIN_ROWS = 32
-# With more than two threads so do those of a product whose width is not a multiple of this.
-EVEN_WIDTH = 16
-# One pass over the activations costs as much as about 96 multiply-adds per element (one core, float32, widths 1152 to
-# 4608): 1152 = 36·32 is 2.5 times as fast as 12·12·8, and 4608 = 72·64 as fast as 24·12·16.
-PASS_COST = 96
-
-# First rows of four circulants, most significant bit first, 1 for +1 and 0 for -1. Their power spectra add up to the
-# order at every frequency; those of 92, 116 and 172 are symmetric (Williamson matrices). Found by search.
-_CIRCULANTS = {
-    92: (0x4AFFD4, 0x4D5EAC, 0x719E63, 0x49C0E4),
-    116: (0x12C7FE34, 0x1589F91A, 0x1DBC63DB, 0x150D9B0A),
-    156: (0x4DB0B2F833, 0x68EA67D833, 0x445C0E75A4, 0x40810A56BA),
-    172: (0x467AECDD798, 0x63D260192F1, 0x7595E85EA6B, 0x6FC29B650FD),
-}
-
-
-def hadamard_matrix(order: int) -> Tensor:
-    """Return a Hadamard matrix H, entries +1 and -1, H Hᵀ = order · I.
-
-    Sylvester's doubling for powers of two, Paley's constructions (Paley 1933) for q + 1 (q = 3 mod 4) and 2 (q + 1)
-    (q = 1 mod 4) with q a prime power, the Goethals-Seidel array for 92, 116, 156 and 172, and doublings of these.
-
-    Args:
-        order: the order of the matrix.
-
-    Returns:
-        int8 (order, order), a fresh copy.
-
-    Raises:
-        RotationError: if none of the constructions gives this order.
-    """
-    if not has_hadamard_order(order):
-        raise RotationError(
-            f"hadamard_matrix: order={order!r} has no construction here; an order must be 1, 2 or a multiple of 4 that "
-            "Paley, Goethals-Seidel or doubling reaches; use kronecker_factors(in_features) to split a width"
-        )
-    return torch.from_numpy(_hadamard(order).copy())
-
-
-@functools.cache
-def has_hadamard_order(order: int) -> bool:
-    """Tell whether `hadamard_matrix(order)` exists."""
-    if not _is_whole(order) or order < 1:
-        return False
-    if order <= 2:
-        return True
-    if order % 4:
-        return False
-    return order in _CIRCULANTS or _paley_field(order) > 0 or has_hadamard_order(order // 2)
-
-
-@functools.cache
-def kronecker_factors(in_features: int) -> tuple[int, ...]:
-    """Split a width into the orders of the small matrices whose Kronecker product is the `hadamard` rotation.
-
-    A positive factor is the order of a Hadamard matrix, a negative factor -m an orthonormal DCT-II of order m.
-    Hadamard factors alone are taken where they exist, at the least cost, about Σ (order + PASS_COST). Elsewhere the
-    largest divisor that has them is joined with one DCT factor for the rest, so that every output still mixes every
-    input. If the rest is above MAX_DCT_FACTOR, the product of the factors is k < in_features, the nearest multiple of
-    64 below with Hadamard factors: the rotation is then two overlapping ones, of the first k and the last k channels
-    (less even than a full one: 4-bit error about that of the outlier rotation).
-
-    Args:
-        in_features: the width, at least 1.
-
-    Returns:
-        The factors, outermost first. Deterministic: it depends on in_features alone. Empty for width 1.
-
-    Raises:
-        RotationError: if in_features is not a positive integer.
-    """
-    _check_width("kronecker_factors", in_features)
-    for hadamard_part in reversed(_divisors(in_features)):
-        rest, factors = in_features // hadamard_part, _cheapest_hadamard_factors(hadamard_part)
-        if factors is not None and rest <= MAX_DCT_FACTOR:
-            return factors if rest == 1 else (-rest, *factors)
-    width = (in_features - 1) // 64 * 64
-    while (factors := _cheapest_hadamard_factors(width)) is None:
-        width -= 64
-    return factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +133,7 @@ class Rotation:
             RotationError: if the parts do not make a rotation of this kind and width.
         """
         _check_kind("from_tensors", kind)
-        _check_width("from_tensors", in_features)
+        check_width("from_tensors", in_features)
         factors = tuple(factors)
         _check_factors(kind, in_features, factors)
         _check_tensors(kind, in_features, factors, tensors)
@@ -223,7 +146,7 @@ class Rotation:
         if self.kind == "hadamard":
             return _rotate_width(x, self.factors, is_inverse)
         if self.kind == "block_hadamard":
-            block = _factor_matrix(self.factors[0], x.device)
+            block = factor_matrix(self.factors[0], x.device)
             return _rotate_blocks(x, block.T if is_inverse else block)
         if self.block1 is None or self.block2 is None or self.permutation is None:
             return x
@@ -259,8 +182,9 @@ def build(
         in_features: the width, at least 1. Every width has every kind, but `outlier` needs a divisor of 2 to 128.
         kind: `none`, `hadamard`, `block_hadamard` or `outlier`, see the module's table.
         seed: 0 to 2**63 - 1; the rotation depends on the arguments alone, not on torch's global generator.
-        channel_absmax: (in_features,), max |x_j| over calibration, finite, at least 0. `outlier` needs it or a sample;
-            other kinds ignore it.
+        channel_absmax: (in_features,), max |x_j| over calibration, finite, at least 0. `outlier` is fitted to it; other
+            kinds ignore it. Without it and without a sample `outlier` is fitted to random magnitudes: still orthogonal,
+            but it knows no outlier.
         sample: (tokens, in_features), some of the layer's input. `outlier` then fits to it instead of channel_absmax;
             other kinds ignore it.
 
@@ -271,8 +195,8 @@ def build(
         RotationError: if an argument breaks a rule above.
     """
     _check_kind("build", kind)
-    _check_width("build", in_features)
-    if not _is_whole(seed) or not 0 <= seed < 2**63:
+    check_width("build", in_features)
+    if not is_whole(seed) or not 0 <= seed < 2**63:
         raise RotationError(f"build: seed={seed!r} is not an integer from 0 to 2**63 - 1; use for example seed=0")
     return ROTATIONS[kind](in_features, torch.Generator().manual_seed(seed), channel_absmax, sample)
 
@@ -326,7 +250,7 @@ def _build_outlier(
     what is stored small; magnitudes are therefore the maximum over the blocks. With channel_absmax alone a channel's
     magnitude after R is sqrt(Σ_j v_j² R_jk²), as for channels of independent sign; with a sample it is measured.
     """
-    block = max(divisor for divisor in _divisors(in_features) if divisor <= MAX_BLOCK)
+    block = max(divisor for divisor in divisors(in_features) if divisor <= MAX_BLOCK)
     if block == 1 and in_features > 1:
         raise RotationError(
             f"build: kind='outlier' with in_features={in_features}, which has no divisor from 2 to {MAX_BLOCK}; "
@@ -342,10 +266,7 @@ def _build_outlier(
         rows = channel_absmax.detach().cpu().float()[None]
         measure = _independent_magnitudes
     else:
-        raise RotationError(
-            "build: kind='outlier' without channel_absmax; it is fitted to the magnitude of every channel: pass "
-            f"channel_absmax of shape ({in_features},), or use kind='hadamard'"
-        )
+        rows, measure = torch.rand(1, in_features, generator=generator), _independent_magnitudes
     with _single_thread():
         block1 = _fit_block(rows, block, measure, generator)
         permutation = zigzag_permutation(measure(rows, block1).amax(0).flatten(), block)
@@ -421,7 +342,7 @@ def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool = False)
 def _multiply_kronecker(x: Tensor, factors: tuple[int, ...], is_inverse: bool = False) -> Tensor:
     shape, inner = x.shape, 1
     for factor in reversed(factors):
-        matrix = _factor_matrix(factor, x.device)
+        matrix = factor_matrix(factor, x.device)
         matrix = matrix.T if is_inverse else matrix
         rows = x.numel() // (abs(factor) * inner)
         x = _rotate_blocks(x, matrix) if inner == 1 else matrix.T @ x.reshape(rows, abs(factor), inner)
@@ -435,114 +356,6 @@ def _rotate_blocks(x: Tensor, block: Tensor) -> Tensor:
         padded = torch.cat((rows, rows.new_zeros(MIN_ROWS - len(rows), len(block))))
         return (padded @ block)[: len(rows)].reshape(x.shape)
     return (rows @ block).reshape(x.shape)
-
-
-@functools.cache
-def _factor_matrix(factor: int, device: torch.device) -> Tensor:
-    """Orthogonal float32 matrix of a factor: Hadamard / sqrt(order), or a DCT-II whose first output is the mean."""
-    if factor > 0:
-        matrix = _hadamard(factor) / math.sqrt(factor)
-    else:
-        order = -factor
-        matrix = np.cos(np.pi / order * (np.arange(order)[:, None] + 0.5) * np.arange(order)) * math.sqrt(2 / order)
-        matrix[:, 0] = math.sqrt(1 / order)
-    with torch.inference_mode(False):  # the cache outlives the caller's mode
-        return torch.from_numpy(matrix.astype(np.float32)).to(device)
-
-
-@functools.cache
-def _hadamard(order: int) -> np.ndarray:
-    if order == 1:
-        return np.ones((1, 1), np.int8)
-    if order in _CIRCULANTS:
-        return _goethals_seidel(_CIRCULANTS[order], order // 4)
-    size = _paley_field(order) if order > 4 and order & (order - 1) else 0
-    if not size:
-        return np.kron(np.array([[1, 1], [1, -1]], np.int8), _hadamard(order // 2))
-    # Bordered Jacobsthal matrix: S Sᵀ = size · I, antisymmetric for size = 3 mod 4 and symmetric for 1 mod 4.
-    bordered = np.zeros((size + 1, size + 1), np.int8)
-    bordered[0, 1:] = 1
-    bordered[1:, 0] = 1 if size % 4 == 1 else -1
-    bordered[1:, 1:] = _jacobsthal(size)
-    identity = np.eye(size + 1, dtype=np.int8)
-    if size % 4 == 3:
-        return bordered + identity
-    outer, inner = np.array([[1, 1], [1, -1]], np.int8), np.array([[1, -1], [-1, -1]], np.int8)
-    return np.kron(bordered, outer) + np.kron(identity, inner)
-
-
-def _goethals_seidel(first_rows: tuple[int, ...], size: int) -> np.ndarray:
-    place = np.arange(size)
-    shift = (place - place[:, None]) % size
-    a, b, c, d = (
-        np.array([1 if row >> (size - 1 - i) & 1 else -1 for i in range(size)], np.int8)[shift] for row in first_rows
-    )
-    (b, b_back), (c, c_back), (d, d_back) = ((m[:, ::-1], m.T[:, ::-1]) for m in (b, c, d))
-    return np.block([[a, b, c, d], [-b, a, d_back, -c_back], [-c, -d_back, a, b_back], [-d, c_back, -b_back, a]])
-
-
-def _jacobsthal(size: int) -> np.ndarray:
-    """Q_ij = χ(a_i - a_j) over GF(size), χ the quadratic character: +1 for even powers of a primitive element."""
-    prime = _prime_factors(size)[0]
-    degree = len(_prime_factors(size))
-    for low in range(1, size):
-        # The monic polynomial whose lower digits are those of low is primitive if x takes size - 1 distinct powers.
-        reduction = [-(low // prime**place) % prime for place in range(degree)]
-        element, character = [1] + [0] * (degree - 1), np.zeros(size, np.int8)
-        for power in range(size - 1):
-            number = sum(digit * prime**place for place, digit in enumerate(element))
-            if number == 0 or character[number]:
-                break
-            character[number] = 1 - 2 * (power % 2)
-            shifted = [0, *element[:-1]]
-            element = [(digit + element[-1] * term) % prime for digit, term in zip(shifted, reduction, strict=True)]
-        else:
-            break
-    digits = np.arange(size)[:, None] // prime ** np.arange(degree) % prime
-    difference = (digits[:, None] - digits[None]) % prime
-    return character[difference @ prime ** np.arange(degree)]
-
-
-def _paley_field(order: int) -> int:
-    """The prime power whose Paley construction gives this order, 0 if there is none."""
-    for size, residue in ((order - 1, 3), (order // 2 - 1, 1)):
-        if size > 2 and size % 4 == residue and len(set(_prime_factors(size))) == 1:
-            return size
-    return 0
-
-
-def _prime_factors(number: int) -> list[int]:
-    primes, candidate = [], 2
-    while candidate * candidate <= number:
-        while number % candidate == 0:
-            primes.append(candidate)
-            number //= candidate
-        candidate += 1
-    return [*primes, number] if number > 1 else primes
-
-
-def _divisors(number: int) -> list[int]:
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return sorted(set(small) | {number // divisor for divisor in small})
-
-
-@functools.cache
-def _cheapest_hadamard_factors(width: int) -> tuple[int, ...] | None:
-    """The Hadamard orders with product width at the least cost; the one with the most factors of two is innermost."""
-    if width == 1:
-        return ()
-    options = []
-    for order in _divisors(width)[1:]:
-        if order <= MAX_HADAMARD_FACTOR and has_hadamard_order(order):
-            rest = _cheapest_hadamard_factors(width // order)
-            if rest is not None:
-                options.append(tuple(sorted((order, *rest), key=lambda o: (o & -o, -o))))
-    return min(options, key=_pass_cost, default=None)
-
-
-def _pass_cost(orders: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    is_uneven = orders[-1] % EVEN_WIDTH != 0
-    return sum(orders) + PASS_COST * len(orders) + EVEN_WIDTH * is_uneven, orders
 
 
 def _random_signs(in_features: int, generator: torch.Generator) -> Tensor:
@@ -560,24 +373,13 @@ def _single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_kind(operation: str, kind: str) -> None:
     if kind not in ROTATIONS:
         raise RotationError(f"{operation}: unknown kind={kind!r}; use one of {', '.join(map(repr, ROTATIONS))}")
 
 
-def _check_width(operation: str, in_features: int) -> None:
-    if not _is_whole(in_features) or in_features < 1:
-        raise RotationError(
-            f"{operation}: in_features={in_features!r} is not a positive integer; pass the layer's in_features"
-        )
-
-
 def _check_factors(kind: str, in_features: int, factors: tuple[int, ...]) -> None:
-    is_valid = all(map(_is_whole, factors)) and 0 not in factors
+    is_valid = all(map(is_whole, factors)) and 0 not in factors
     covered = math.prod(map(abs, factors)) if is_valid else 0
     if kind == "hadamard":
         is_valid = is_valid and (covered == in_features or covered < in_features <= 2 * covered)

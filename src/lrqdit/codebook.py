@@ -1,0 +1,400 @@
+"""Codebooks: the 2**bits levels a weight may take, fitted to a layer, and the codes that point at them.
+
+A codebook is a table of int8 levels t, one for the layer or one per row, and one float32 scale s per row:
+
+    ŵ[i, j] = s[i] · t[i or 0, code[i, j]]
+
+The int8 table *is* the quantizer: what is searched, measured, saved and run are the same numbers.
+
+**Twin-Log levels** (LRQ-DiT, arXiv 2508.03485). The weights of each sign, the twin halves, have their own geometric
+ladder, shifted by η. With n = 2**(bits - 1) levels in a half, q = 0 ... n - 1,
+
+    level[q] = 2^(σ (q + z)) - η = (lo + η) · ((hi + η) / (lo + η))^(q / (n - 1)) - η,
+
+so a scale σ and a zero point z are the same two numbers as a lowest level lo and a highest level hi, the clip. Levels
+evenly spaced in log(|w| + η) are μ-law companding with μ = 1/η, for |w| up to 1: η → 0 gives powers of a base, η → ∞ a
+uniform grid. Unlike telephony's μ-law, the lowest level is free.
+
+**The histogram.** A row is divided by its root mean square r, and u = w / r is counted in 2·BINS bins that are even in
+u / (1 + |u|): fine near zero, and endless. A bin keeps its mass Σ d and its moment Σ d·u, with d[j] the importance of
+column j (1, or the diagonal of a Hessian). A table for the layer is fitted to the sum of the rows' histograms, each
+times r², so that every row counts by its energy.
+
+**The error of ascending levels l** follows from the mass A(θ) and the moment M(θ) below a threshold θ. With
+C(θ) = θ·A(θ) - M(θ), and up to the constant Σ d·u²,
+
+    E(l) = l[n-1]² A(∞) - 2 l[n-1] M(∞) - 2 Σ_k (l[k+1] - l[k]) · C((l[k] + l[k+1]) / 2).
+
+**The search** minimizes E over (lo, hi, η) of each half: a coarse grid, then ZOOMS times the 27 neighbours of the best
+point, the steps shrinking by ZOOM each time. The levels are scaled so that the largest becomes 127, and rounded; no two
+coincide. Given that table, each row's scale is searched on the row's own histogram, again with E, and polished by exact
+encoding and least squares, s = Σ d·w·t / Σ d·t², where that is better.
+
+**What the paper's released code does, and this avoids.** (1) It puts a weight of the other sign at 0 in log space, that
+is at magnitude 1, which decides the range of both halves: here a half sees its own entries only. (2) Its negative half
+clamps to 2**(bits - 1), one code too many, nine levels at "3 bits": here there are exactly 2**bits. (3) Its η is
+absolute, from one grid for all: here lo, hi and η are relative to the row, so a constant times the weights is the same
+constant times the scales. Other deviations from the paper: zeros count in the positive half; a half without entries
+takes the other half's levels; levels are int8 instead of an integer shift and a fixed-point residue.
+Statistics are taken in numpy, on one thread and in blocks of rows: the result does not depend on the number of threads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrqdit.errors import ConfigError, NumericalError
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int8]
+
+BITS = (2, 3, 4, 8)
+SCOPES = ("layer", "row")
+BINS = 1024  # of each half of the histogram
+BLOCK_ROWS, BLOCK_ELEMENTS = 128, 1 << 18
+ZOOMS, ZOOM = 8, 0.6
+POLISHES = 1
+LLOYD_STEPS = 64
+# Twice the midpoint of two int8 levels is an integer, so floor(2 w / scale), kept to -256 ... 255, decides the code.
+SLOTS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The levels of a quantized weight (out, in): ŵ[i, j] = row_scale[i] · table[i or 0, code[i, j]]."""
+
+    kind: str  # one of CODEBOOKS; always "uniform" at 8 bits
+    bits: int  # 2, 3, 4 or 8
+    table: Tensor  # int8 (T, 2**bits), ascending, T = 1 (one table for the layer) or T = out
+    row_scale: Tensor  # float32 (out,)
+
+    def levels(self) -> Tensor:
+        """Return the values each row can take, float32 (out, 2**bits)."""
+        return self.row_scale[:, None] * self.table.float()
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Return the code of the level nearest to each weight, the upper one of two equally near.
+
+        weight is (out, columns), finite, of any float dtype and any number of columns; the codes are uint8. Nearest is
+        decided on w / row_scale rounded to float32. A row of scale 0 decodes to 0 whatever its codes are.
+        """
+        self._check_rows("encode", weight)
+        slots = weight.detach().float() / torch.where(self.row_scale == 0, 1.0, self.row_scale)[:, None]
+        slots = slots.mul_(2).floor_().clamp_(-SLOTS // 2, SLOTS // 2 - 1).add_(SLOTS // 2)
+        return _look_up(self._code_of_slot, slots.to(torch.int32))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return row_scale · table[codes], float32 (out, columns), for uint8 codes (out, columns)."""
+        self._check_rows("decode", codes)
+        return _look_up(self.table, codes.to(torch.int32)).float().mul_(self.row_scale[:, None])
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Return decode(encode(weight)): the weight as it is deployed, float32 (out, columns)."""
+        return self.decode(self.encode(weight))
+
+    @cached_property
+    def _code_of_slot(self) -> Tensor:
+        """The code for every value of floor(2 w / row_scale), uint8 (T, SLOTS): it counts the midpoints not above."""
+        table = self.table.to(torch.int32)
+        slots = torch.arange(-SLOTS // 2, SLOTS // 2, dtype=torch.int32, device=table.device)
+        codes = torch.searchsorted(table[:, 1:] + table[:, :-1], slots.repeat(len(table), 1), right=True)
+        return codes.clamp_(min=1 if self.bits == 8 else 0).to(torch.uint8)  # -128 is never used
+
+    def _check_rows(self, operation: str, matrix: Tensor) -> None:
+        rows, shape = len(self.row_scale), tuple(matrix.shape)
+        if len(shape) != 2 or shape[0] != rows:
+            raise ConfigError(
+                f"Codebook.{operation}: shape {shape} is not ({rows}, columns); fit a codebook to this weight"
+            )
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Weights divided by their row's root mean square, counted in G groups: rows, or the layer as a whole."""
+
+    bins: Floats  # (2, G, 2 · BINS): mass Σ d and moment Σ d·u of each bin, the negative half first
+    lowest: Floats  # (G,), the smallest u
+    highest: Floats  # (G,), the largest u
+
+
+def fit_twin_log(histogram: Histogram, bits: int) -> tuple[Integers, None]:
+    """Twin-Log levels, see the module's docstring."""
+    return _round_levels(_search_ladders(histogram, 2 ** (bits - 1))), None
+
+
+def fit_uniform(histogram: Histogram, bits: int) -> tuple[Integers, None]:
+    """Levels ±1, ±3, ±5, ... (mid-rise); the scale, searched like any other, is half a step and sets the clip."""
+    return np.tile(np.arange(1 - 2**bits, 2**bits, 2).astype(np.int8), (len(histogram.lowest), 1)), None
+
+
+def fit_minmax(histogram: Histogram, bits: int) -> tuple[Integers, Floats]:
+    """Round to nearest from the row's smallest to its largest weight: code - zero_point, an integer, times a step."""
+    lowest, highest = np.minimum(histogram.lowest, 0), np.maximum(histogram.highest, 0)
+    step = (highest - lowest) / (2**bits - 1)
+    zero_point = np.rint(-lowest / np.where(step > 0, step, 1))
+    return (np.arange(2**bits) - zero_point[:, None]).astype(np.int8), step
+
+
+def fit_lloyd_max(histogram: Histogram, bits: int) -> tuple[Integers, None]:
+    """Lloyd-Max levels (Lloyd 1982, Max 1960): Twin-Log levels moved LLOYD_STEPS times to the mean of their cell."""
+    levels, below = _search_ladders(histogram, 2 ** (bits - 1)), _accumulate(histogram.bins)
+    ends = np.zeros((len(levels), 1), np.int64)
+    for _ in range(LLOYD_STEPS):
+        inner = _find_edge((levels[:, 1:] + levels[:, :-1]) / 2) + BINS
+        edges = np.concatenate([ends, inner, ends + 2 * BINS], 1)
+        mass, moment = np.diff(np.take_along_axis(below, edges[None], 2))
+        levels = np.maximum.accumulate(np.where(mass > 0, moment / np.where(mass > 0, mass, 1), levels), 1)
+    return _round_levels(levels), None
+
+
+def fit_nf4(histogram: Histogram, bits: int) -> tuple[Integers, None]:
+    """NF4 levels (QLoRA, arXiv 2305.14314): quantiles of a normal law, 8 above zero, zero, 7 below it."""
+    if bits != 4:
+        raise ConfigError(f"codebook.fit: kind='nf4' has no {bits}-bit levels; use bits=4, or kind='twin_log'")
+    above, below = ([NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, n)] for n in (9, 8))
+    levels = np.array([-level for level in below] + above[-2::-1])  # 0.9677083 is the paper's outermost quantile
+    return _round_levels(np.tile(levels, (len(histogram.lowest), 1))), None
+
+
+def fit_absmax(histogram: Histogram, bits: int) -> tuple[Integers, Floats]:
+    """All int8 levels, of which -127 ... 127 reach the row's largest magnitude: what every kind is at 8 bits."""
+    table = np.tile(np.arange(-128, 128).astype(np.int8), (len(histogram.lowest), 1))
+    return table, np.maximum(-histogram.lowest, histogram.highest) / 127
+
+
+# From histograms of G groups to an int8 table (G, 2**bits), ascending, and the steps (G,) in units of the row's root
+# mean square, or None to have the row scales searched.
+CODEBOOKS: dict[str, Callable[[Histogram, int], tuple[Integers, Floats | None]]] = {
+    "twin_log": fit_twin_log,
+    "uniform": fit_uniform,
+    "minmax": fit_minmax,
+    "lloyd_max": fit_lloyd_max,
+    "nf4": fit_nf4,
+}
+
+
+def fit(
+    weight: Tensor, bits: int, kind: str = "twin_log", *, scope: str = "layer", importance: Tensor | None = None
+) -> Codebook:
+    """Fit a codebook to a weight, minimizing Σ_ij importance[j] · (w[i, j] - ŵ[i, j])² of the int8 levels.
+
+    At 8 bits every kind is the uniform grid -127 ... 127, times the row's largest magnitude / 127. A row of zeros gets
+    scale 0 and decodes to exact zeros.
+
+    Args:
+        weight: (out, in), any float dtype; it is read as float32.
+        bits: 2, 3, 4 or 8.
+        kind: one of CODEBOOKS; "nf4" has 4 bits only.
+        scope: "layer" for one table, "row" for a table per row; "minmax" has a zero point, so a table, per row in
+            either. A table that is the same for all rows is kept once.
+        importance: (in,), nonnegative; None, or zero everywhere, weighs all columns equally.
+
+    Returns:
+        A Codebook on the weight's device.
+
+    Raises:
+        ConfigError: an argument is not one of the allowed values, or a shape does not fit.
+        NumericalError: weight or importance contains NaN or Inf, or importance is negative.
+    """
+    for name, value, allowed in (("bits", bits, BITS), ("kind", kind, tuple(CODEBOOKS)), ("scope", scope, SCOPES)):
+        if value not in allowed:
+            raise ConfigError(f"codebook.fit: {name}={value!r} is not supported; use one of {allowed}")
+    matrix = _read_matrix("fit", weight)
+    columns = _read_importance("fit", importance, matrix.shape[1])
+    kind, fit_table = ("uniform", fit_absmax) if bits == 8 else (kind, CODEBOOKS[kind])
+    shared = None
+    if scope == "layer" and fit_table not in (fit_minmax, fit_absmax):
+        shared = fit_table(_count_layer(matrix, columns), bits)
+    tables, scales = [], []
+    for rows in _blocks(matrix):
+        root_mean_square, histogram = _count_rows(matrix[rows], columns)
+        table, steps = shared or fit_table(histogram, bits)
+        units = _search_scales(histogram, table) if steps is None else steps
+        scale = torch.from_numpy((units * root_mean_square).astype(np.float32))
+        codebook = Codebook(kind, bits, torch.from_numpy(table), scale)
+        tables.append(codebook.table)
+        scales.append(scale if steps is not None else _polish_scales(codebook, torch.from_numpy(matrix[rows]), columns))
+    table = torch.cat(tables if bool((torch.cat(tables) != tables[0][0]).any()) else [tables[0][:1]])
+    return Codebook(kind, bits, table.to(weight.device), torch.cat(scales).to(weight.device))
+
+
+def relative_error(weight: Tensor, codebook: Codebook, importance: Tensor | None = None) -> float:
+    """Return Σ importance[j] · (w - ŵ)² / Σ importance[j] · w², 0 for a weight of zeros; raises as `fit` does."""
+    matrix = _read_matrix("relative_error", weight)
+    columns = _read_importance("relative_error", importance, matrix.shape[1])
+    quantized = codebook.quantize(weight.detach()).cpu().numpy()
+    error = energy = 0.0
+    for rows in _blocks(matrix):
+        block = matrix[rows].astype(np.float64)
+        energy += np.einsum("ij,ij,j->", block, block, columns)
+        block -= quantized[rows]
+        error += np.einsum("ij,ij,j->", block, block, columns)
+    return float(error / energy) if energy > 0 else float("inf") if error > 0 else 0.0
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Return table[i or 0, index[i, j]] for int32 indices (out, columns)."""
+    if len(table) > 1:
+        index = index + torch.arange(len(table), dtype=torch.int32, device=index.device)[:, None] * table.shape[1]
+    return table.flatten().index_select(0, index.flatten()).view(index.shape)
+
+
+def _blocks(matrix: NDArray[np.float32]) -> list[slice]:
+    """Cut a matrix into blocks of rows of a size that depends on nothing but its width."""
+    size = min(max(1, BLOCK_ELEMENTS // matrix.shape[1]), BLOCK_ROWS)
+    return [slice(start, start + size) for start in range(0, len(matrix), size)]
+
+
+def _count_rows(rows: NDArray[np.float32], columns: Floats) -> tuple[Floats, Histogram]:
+    """Return each row's root mean square (R,) and its histogram."""
+    units = rows.astype(np.float64)
+    root_mean_square = np.sqrt(np.einsum("ij,ij->i", units, units) / units.shape[1])
+    units /= np.where(root_mean_square > 0, root_mean_square, 1)[:, None]
+    index = (BINS * (1 + units / (1 + np.abs(units)))).astype(np.int64)
+    index += np.arange(len(rows))[:, None] * (2 * BINS)
+    index, size = index.ravel(), len(rows) * 2 * BINS
+    mass = np.bincount(index, np.broadcast_to(columns, units.shape).ravel(), size)
+    moment = np.bincount(index, (units * columns).ravel(), size)
+    bins = np.stack([mass, moment]).reshape(2, len(rows), -1)
+    return root_mean_square, Histogram(bins, units.min(1), units.max(1))
+
+
+def _count_layer(matrix: NDArray[np.float32], columns: Floats) -> Histogram:
+    """Return the sum of the rows' histograms, each times the row's energy, as one group."""
+    bins, lowest, highest = np.zeros((2, 1, 2 * BINS)), np.zeros(1), np.zeros(1)
+    for rows in _blocks(matrix):
+        root_mean_square, histogram = _count_rows(matrix[rows], columns)
+        bins += (histogram.bins * np.square(root_mean_square)[:, None]).sum(1, keepdims=True)
+        lowest = np.minimum(lowest, histogram.lowest.min())
+        highest = np.maximum(highest, histogram.highest.max())
+    return Histogram(bins, lowest, highest)
+
+
+def _accumulate(bins: Floats) -> Floats:
+    """Return the sums below each edge of the bins, (2, G, bins + 1)."""
+    below = np.zeros((*bins.shape[:2], bins.shape[2] + 1))
+    np.cumsum(bins, 2, out=below[..., 1:])
+    return below
+
+
+def _find_edge(units: Floats) -> NDArray[np.int64]:
+    """Return the index of the bin edge nearest to u, counted from the edge at zero."""
+    return np.rint(BINS * (units / (1 + np.abs(units)))).astype(np.int64)
+
+
+def _measure_levels(below: Floats, levels: Floats, origin: int) -> Floats:
+    """Return E (G, K), see the module's docstring, of K candidates (G, K, n); the edge at zero has index origin."""
+    (mass, moment), midpoints, top = below, (levels[..., 1:] + levels[..., :-1]) / 2, levels[..., -1]
+    index = _find_edge(midpoints) + (origin + np.arange(len(mass))[:, None, None] * mass.shape[1])
+    convex = midpoints * mass.ravel().take(index) - moment.ravel().take(index)
+    total = top * (top * mass[:, -1:] - 2 * moment[:, -1:])
+    return total - 2 * np.einsum("gkn,gkn->gk", levels[..., 1:] - levels[..., :-1], convex)
+
+
+def _search_ladders(histogram: Histogram, size: int) -> Floats:
+    """Return the best Twin-Log levels, ascending, (G, 2 · size), in units of the row's root mean square.
+
+    The search's coordinates: x places hi between the half's mean magnitude (0) and its largest (1), geometrically;
+    y = log(lo / hi); z = log(η / hi).
+    """
+    negative, positive = histogram.bins[:, :, BINS - 1 :: -1], histogram.bins[:, :, BINS:]
+    halves = np.concatenate([negative * np.array([1, -1])[:, None, None], positive], 1)
+    peak = np.concatenate([-histogram.lowest, histogram.highest])
+    is_empty = halves[0].sum(1) == 0
+    halves += is_empty[:, None] * np.roll(halves, len(histogram.lowest), 1)
+    peak = np.where(is_empty, np.roll(peak, len(histogram.lowest)), peak)
+    below = _accumulate(halves)
+    mass, moment = below[:, :, -1]
+    mean = np.where(moment > 0, moment / np.where(mass > 0, mass, 1), 1)
+    growth = np.log(np.maximum(peak / mean, 1))
+
+    def place(points: Floats) -> Floats:
+        """Levels (2G, K, size) at points (2G, K, 3)."""
+        hi = mean[:, None, None] * np.exp(points[..., :1] * growth[:, None, None])
+        lo, eta = hi * np.exp(points[..., 1:2]), hi * np.exp(points[..., 2:])
+        return (lo + eta) * ((hi + eta) / (lo + eta)) ** (np.arange(size) / (size - 1)) - eta
+
+    def pick(points: Floats) -> Floats:
+        """The point with the smallest error, (2G, 1, 3), of (2G, K, 3)."""
+        best = _measure_levels(below, place(points), 0).argmin(1)
+        return np.take_along_axis(points, best[:, None, None], 1)
+
+    axes = np.linspace(0, 1, 9), np.log(np.geomspace(0.01, 0.9, 7)), np.log(np.geomspace(0.05, 10, 5))
+    lower, upper = np.array([0, np.log(1e-6), np.log(1e-3)]), np.array([1, 0, np.log(100)])
+    steps = np.array([axis[1] - axis[0] for axis in axes])
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, 3)
+    best = pick(np.broadcast_to(grid, (len(mass), *grid.shape[1:])))
+    neighbours = np.stack(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij"), -1).reshape(1, -1, 3)
+    for _ in range(ZOOMS):
+        steps = steps * ZOOM
+        best = pick(np.clip(best + neighbours * steps, lower, upper))
+    negative, positive = np.split(place(best)[:, 0], 2)
+    return np.concatenate([-negative[:, ::-1], positive], 1)
+
+
+def _round_levels(levels: Floats) -> Integers:
+    """Return ascending levels (G, n) as int8, the largest magnitude 127; levels that would coincide move up by one."""
+    peak = np.abs(levels).max(1, keepdims=True)
+    order = np.arange(levels.shape[1])
+    table = np.rint(levels * (127 / peak))
+    table = np.maximum.accumulate(table - order, 1) + order
+    return np.minimum(table, 127 - order[::-1]).astype(np.int8)
+
+
+def _search_scales(histogram: Histogram, table: Integers) -> Floats:
+    """Return the scale (R,) of each row, in units of its root mean square, with the smallest E given its table."""
+    below = _accumulate(histogram.bins)
+    largest = np.maximum(np.maximum(histogram.highest, -histogram.lowest), 1)
+    spacing = np.log(8 * largest) / 31  # the largest level: half the root mean square to 4 times the largest weight
+    best = 0.5 / np.abs(table).max(1)
+    for offsets in (np.arange(32), np.arange(-5, 6) / 5, np.arange(-5, 6) / 25):
+        scales = best[:, None] * np.exp(spacing[:, None] * offsets)
+        errors = _measure_levels(below, scales[..., None] * table[:, None, :], BINS)
+        best = np.take_along_axis(scales, errors.argmin(1)[:, None], 1)[:, 0]
+    return best
+
+
+def _polish_scales(codebook: Codebook, rows: Tensor, columns: Floats) -> Tensor:
+    """Return the best of each row's scale and POLISHES least-squares scales, each given the codes of the one before."""
+    scale = best = codebook.row_scale.numpy()
+    smallest = np.full(len(rows), np.inf)
+    for _ in range(POLISHES + 1):
+        quantized = replace(codebook, row_scale=torch.from_numpy(scale)).quantize(rows).numpy()
+        weighted = quantized * columns
+        square, product = np.einsum("ij,ij->i", weighted, quantized), np.einsum("ij,ij->i", weighted, rows.numpy())
+        is_better = square - 2 * product < smallest
+        best, smallest = np.where(is_better, scale, best), np.where(is_better, square - 2 * product, smallest)
+        scale = (scale * np.where(product > 0, product / np.where(square > 0, square, 1), 1)).astype(np.float32)
+    return torch.from_numpy(best)
+
+
+def _read_matrix(operation: str, weight: Tensor) -> NDArray[np.float32]:
+    if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        found, allowed = f"{weight.dtype} of shape {tuple(weight.shape)}", "a nonempty floating-point matrix (out, in)"
+        raise ConfigError(f"codebook.{operation}: weight is {found}; pass {allowed}")
+    matrix = weight.detach().to("cpu", torch.float32).contiguous()
+    if not torch.isfinite(matrix).all():
+        raise NumericalError(f"codebook.{operation}: weight contains NaN or Inf; check the checkpoint, or its dtype")
+    return matrix.numpy()
+
+
+def _read_importance(operation: str, importance: Tensor | None, in_features: int) -> Floats:
+    """Return the columns' importance, its largest 1."""
+    if importance is None:
+        return np.ones(in_features)
+    columns = importance.detach().to("cpu", torch.float64).numpy()
+    if columns.shape != (in_features,):
+        allowed = f"pass one number per column, ({in_features},)"
+        raise ConfigError(f"codebook.{operation}: importance has shape {columns.shape}; {allowed}")
+    if not (np.isfinite(columns) & (columns >= 0)).all():
+        raise NumericalError(
+            f"codebook.{operation}: importance contains NaN, Inf or negative numbers; check its source"
+        )
+    largest = columns.max()
+    return columns / largest if largest > 0 else np.ones(in_features)
