@@ -59,9 +59,10 @@ def measure_accuracy(pictures: torch.Tensor, chosen: list[int], entries: list[di
     """Shares of pictures whose nearest emoji is the captioned one, and the captioned one or its subcategory."""
     small = F.avg_pool2d(pictures, 2).flatten(1)
     nearest = torch.cdist(small, reference.flatten(1)).argmin(dim=1).tolist()
-    exact = sum(found == wanted for found, wanted in zip(nearest, chosen))
+    exact = sum(found == wanted for found, wanted in zip(nearest, chosen, strict=True))
     related = sum(
-        entries[found]["subcategory"] == entries[wanted]["subcategory"] for found, wanted in zip(nearest, chosen)
+        entries[found]["subcategory"] == entries[wanted]["subcategory"]
+        for found, wanted in zip(nearest, chosen, strict=True)
     )
     return {"exact": exact / len(chosen), "subcategory": related / len(chosen)}
 

@@ -225,7 +225,7 @@ def train_text(args: argparse.Namespace, emoji: list[emoji_data.Emoji]) -> None:
         )
         return (losses * mask).sum() / mask.sum()
 
-    run(state, args.steps or 800, loss_of_step, args.work / "text.log")
+    run(state, args.steps or 500, loss_of_step, args.work / "text.log")
 
 
 def train_transformer(args: argparse.Namespace, emoji: list[emoji_data.Emoji], pictures: torch.Tensor) -> None:
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["vae", "text", "transformer", "export"])
     parser.add_argument("--work", type=Path, default=Path("training/work"), help="states, logs and the downloaded data")
     parser.add_argument("--out", type=Path, default=Path("src/lrqdit/demo_model"))
-    parser.add_argument("--steps", type=int, default=0, help="total steps (default: 1600, 800, 4000)")
+    parser.add_argument("--steps", type=int, default=0, help="total steps (default: 1600, 500, 4000)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

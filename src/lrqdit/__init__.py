@@ -1,4 +1,4 @@
-"""Diffusion transformers at 2 to 4 bits: Twin-Log levels, adaptive rotations, real packing (LRQ-DiT, arXiv 2508.03485)."""
+"""Diffusion transformers at 2 to 4 bits: Twin-Log levels, adaptive rotations, real packing (arXiv 2508.03485)."""
 
 from lrqdit import codebook, rotation
 from lrqdit.accounting import measure_size

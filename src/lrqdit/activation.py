@@ -10,8 +10,9 @@ so that x~ W~^T + (b + W mu) = x W^T + b exactly. The random signs D of R = D H 
     delta = clip * max|x~| / (2^(bits-1) - 1),    codes clamped to [-2^(bits-1), 2^(bits-1) - 1].
 
 Smoothing: m_j = w_j^alpha / a_j^(1-alpha), a_j = max |x_j - mu_j|, w_j = max_i |W_ij| (SmoothQuant, arXiv 2211.10438,
-with the exponent's meaning of ViDiT-Q, arXiv 2406.02540), normalized to geometric mean 1 (a common factor cancels in the
-per-token and per-row scales) and stored in float16; the rounded vector is the one that is folded, so nothing is lost.
+with the exponent's meaning of ViDiT-Q, arXiv 2406.02540), normalized to geometric mean 1 (a common factor cancels in
+the per-token and per-row scales) and stored in float16; the rounded vector is the one that is folded, so nothing is
+lost.
 """
 
 from dataclasses import dataclass

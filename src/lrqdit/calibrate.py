@@ -1,8 +1,8 @@
-"""Observers on linear layers while the real model runs: bounded statistics, a reservoir of tokens, and who shares input.
+"""Observers on linear layers while the real model runs: bounded statistics, a reservoir of tokens, who shares input.
 
 Memory does not grow with the number of steps: per layer input five vectors of its width and at most
-``calibration_tokens`` tokens are kept, in the model's own dtype. Layers that are given the very same tensor one after the
-other (q, k and v; FLUX's proj_mlp beside them) form one group, observed once.
+``calibration_tokens`` tokens are kept, in the model's own dtype. Layers that are given the very same tensor one after
+the other (q, k and v; FLUX's proj_mlp beside them) form one group, observed once.
 
 Reductions run single-threaded in float64 (numpy), so that the result does not depend on the number of threads.
 """

@@ -1,12 +1,14 @@
 """Files: the version that is written, the checks before anything is read, and the folder that lets a run resume.
 
-A quantized diffusers model is an ordinary diffusers folder whose ``config.json`` has a ``quantization_config``; any other
-torch module is one ``model.safetensors`` beside a ``config.json`` of the same content. docs/FORMAT.md has every byte.
+A quantized diffusers model is an ordinary diffusers folder whose ``config.json`` has a ``quantization_config``; any
+other torch module is one ``model.safetensors`` beside a ``config.json`` of the same content. docs/FORMAT.md has every
+byte.
 Only safetensors and JSON are ever read.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,6 +29,13 @@ FORMAT_VERSION = 1
 WEIGHT_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _MAX_HEADER_BYTES = 100_000_000
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_DTYPE_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 
 
 def format_config(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
@@ -59,12 +69,21 @@ def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype:
         if found != (layout.out_features, layout.in_features):
             raise CheckpointError(
                 f"the checkpoint quantizes {name} as {layout.out_features} x {layout.in_features}, but this "
-                f"{type(module).__name__} has {'no such layer' if found is None else f'{found[0]} x {found[1]} there'}; "
-                "it belongs to another model"
+                f"{type(module).__name__} has {'no such layer' if found is None else f'{found[0]} x {found[1]} there'}"
+                "; it belongs to another model"
             )
-        if layout.input_from is not None and layout.input_from not in formats:
-            raise CheckpointError(f"{name} shares the input of {layout.input_from}, which is not quantized")
+        if layout.input_from is not None and not _is_same_input(layout, formats.get(layout.input_from)):
+            raise CheckpointError(
+                f"{name} shares the input of {layout.input_from}, which is not quantized or has another input transform"
+            )
         module.set_submodule(name, QuantLinear(layout, dtype, device))
+
+
+def _is_same_input(layout: LinearFormat, owner: LinearFormat | None) -> bool:
+    names = "in_features", "activation_bits", "rotation", "factors", "clip", "has_offset", "has_scale"
+    return (
+        owner is not None and owner.input_from is None and all(getattr(owner, n) == getattr(layout, n) for n in names)
+    )
 
 
 def tie_shared_inputs(module: nn.Module) -> None:
@@ -89,7 +108,12 @@ def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, A
     if not config["layers"]:
         raise CheckpointError(f"{type(module).__name__} has no quantized layer to save; call lrqdit.quantize first")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    tensors, seen = {}, set()
+    for name, tensor in module.state_dict().items():
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory, such as tied weights
+        tensors[name] = tensor.clone().contiguous() if storage in seen else tensor.contiguous()
+        seen.add(storage)
     _write(folder / WEIGHT_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
     _write(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=1, sort_keys=True)))
 
@@ -105,15 +129,19 @@ def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
     if config.get("quant_method") != FORMAT_NAME:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not a configuration written by lrqdit.save_checkpoint")
     check_version(config.get("format_version"))
-    check_safetensors(folder / WEIGHT_FILE)
+    header = check_safetensors(folder / WEIGHT_FILE)
+    if not isinstance(config.get("layers"), dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE} lists no layers; copy it again")
     parameter = next(module.parameters(), torch.empty(0))
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
     allocate_layers(module, config["layers"], dtype, parameter.device)
+    check_dtypes(module, header)
     try:
         module.load_state_dict(load_file(folder / WEIGHT_FILE))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHT_FILE} does not fit {type(module).__name__}: {error}") from error
     tie_shared_inputs(module)
+    module.lrqdit_settings = config.get("settings", {})
     return module
 
 
@@ -130,8 +158,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_safetensors(path: Path) -> list[str]:
-    """Check a safetensors file's header against its length, without reading tensors; returns the tensor names."""
+def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
+    """Check a safetensors file's header, without reading tensors; returns dtype, shape and offsets by tensor name."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; copy the whole folder again")
     size = path.stat().st_size
@@ -143,12 +171,29 @@ def check_safetensors(path: Path) -> list[str]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            end = 0
+            for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+                start, stop = entry["data_offsets"]
+                if start != end or stop - start != math.prod(entry["shape"]) * _DTYPE_BYTES[entry["dtype"]]:
+                    raise ValueError(entry)
+                end = stop
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header; copy it again") from error
     if size != 8 + length + end:
         raise CheckpointError(f"{path} has {size} bytes but its header describes {8 + length + end}; copy it again")
-    return list(header)
+    return header
+
+
+def check_dtypes(module: nn.Module, header: dict[str, dict[str, Any]]) -> None:
+    """Raise if a tensor of a file would be cast on its way into the module: packed data must arrive bit for bit."""
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor) and name in header:
+            stored = _DTYPES.get(header[name]["dtype"])
+            both_float = stored is not None and stored.is_floating_point and tensor.is_floating_point()
+            if stored != tensor.dtype and not both_float:
+                raise CheckpointError(
+                    f"{name} is stored as {header[name]['dtype']}, not as {tensor.dtype}; copy it again"
+                )
 
 
 def check_model_folder(folder: Path) -> list[str]:
@@ -157,11 +202,13 @@ def check_model_folder(folder: Path) -> list[str]:
     index_files = sorted(folder.glob("*.safetensors.index.json"))
     for index_file in index_files:
         weight_map = read_json(index_file).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index_file} has no weight_map; copy it again")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index_file} has no weight_map from tensors to files; copy it again")
         for file_name in sorted(set(weight_map.values())):
-            if not isinstance(file_name, str) or Path(file_name).name != file_name:
-                raise CheckpointError(f"{index_file} names {file_name!r}, which lies outside its folder; do not load it")
+            if Path(file_name).name != file_name:
+                raise CheckpointError(
+                    f"{index_file} names {file_name!r}, which lies outside its folder; do not load it"
+                )
             names += check_safetensors(folder / file_name)
         missing = sorted(set(weight_map) - set(names))
         if missing:
@@ -184,7 +231,7 @@ def check_pipeline_folder(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
     index = read_json(folder / "model_index.json")
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+        if name.startswith("_") or not isinstance(entry, list) or entry[:1] in ([], [None]):
             continue
         part = folder / name
         if Path(name).name != name or not part.is_dir():
@@ -205,6 +252,10 @@ class RunFolder:
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder = Path(folder)
         marker = self.folder / "fingerprint"
+        if not marker.exists() and any(p.name != "fingerprint.partial" for p in self.folder.glob("*")):
+            raise CheckpointError(
+                f"{self.folder} holds files of something else, and a run's folder is emptied; pass another folder"
+            )
         if marker.exists() and marker.read_text() != fingerprint:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +287,9 @@ class RunFolder:
             return None
         tensors, values = found
         return [
-            InputGroup(names, ActivationStats.from_tensors({k: tensors[f"{i}.{k}"] for k in ("count", "vectors", "tokens")}))
+            InputGroup(
+                names, ActivationStats.from_tensors({k: tensors[f"{i}.{k}"] for k in ("count", "vectors", "tokens")})
+            )
             for i, names in enumerate(values["names"])
         ]
 
@@ -257,5 +310,8 @@ def fingerprint(*values: Any, module: nn.Module | None = None) -> str:
 def _write(path: Path, write: Any) -> None:
     """Write beside the final name, then rename: the file appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -36,6 +36,16 @@ MODES: dict[str, dict[str, Any]] = {
 ROTATION_POLICIES = ("auto", "threshold", "none", "hadamard", "block_hadamard", "outlier")
 SMOOTHING_POLICIES = ("auto", "always", "never")
 TABLE_SCOPES = ("layer", "row")
+_KINDS: dict[str, Any] = {
+    "codebook": str,
+    "rotation_threshold": (int, float),
+    "smoothing_alpha": (int, float),
+    "is_centred": bool,
+    "is_clipped": bool,
+    "calibration_tokens": int,
+    "seed": int,
+}
+_KIND_NAMES = {str: "a name", (int, float): "a number", bool: "true or false", int: "a whole number"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +91,13 @@ class QuantizationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ConfigError(f"exclude={self.exclude!r} is not a list of regular expressions")
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ConfigError(f"{name}={value!r} is not {_KIND_NAMES[kind]}")
         _check_choice("weight_bits", self.weight_bits, WEIGHT_BITS)
         _check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
         _check_choice("mode", self.mode, tuple(MODES))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -28,7 +29,7 @@ from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
 from lrqdit.fit import data_free_transform, keep_at_8_bits, quantize_linear
 from lrqdit.linear import QuantLinear
-from lrqdit.models import select_layers
+from lrqdit.models import layers_stored_at_8_bits, select_layers
 
 
 class QuantizationMethod(str, enum.Enum):
@@ -61,9 +62,15 @@ class LRQDiTConfig(QuantizationConfigMixin):
         checkpoint.check_version(format_version)
         if quant_method != checkpoint.FORMAT_NAME:
             raise ConfigError(f"quant_method={quant_method!r} is not {checkpoint.FORMAT_NAME!r}")
+        if not isinstance(settings or {}, dict) or not isinstance(layers or {}, dict):
+            raise CheckpointError(
+                "quantization_config: settings and layers must be JSON objects; copy the folder again"
+            )
         if settings is not None and changes:
             raise CheckpointError(f"quantization_config has unknown keys: {', '.join(sorted(changes))}")
-        config = QuantizationConfig.from_name(preset, **changes) if preset else QuantizationConfig.from_dict(settings or {})
+        config = (
+            QuantizationConfig.from_name(preset, **changes) if preset else QuantizationConfig.from_dict(settings or {})
+        )
         self.quant_method = QuantizationMethod.LRQDIT
         self.format_version = format_version
         self.settings = config.to_dict()
@@ -86,12 +93,15 @@ class LRQDiTQuantizer(DiffusersQuantizer):
     """Loads packed layers as they are; quantizes float layers one by one as diffusers reads them."""
 
     requires_calibration = False
+    use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: LRQDiTConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        # a copy: the layers are recorded in it, and a user may load two models with one configuration
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.config = quantization_config.quantization
-        # a saved configuration lists its layers; a new one does not
-        self.pre_quantized = bool(quantization_config.layers)
+        if self.pre_quantized and not quantization_config.layers:
+            raise CheckpointError("the checkpoint's quantization_config lists no layers; copy the folder again")
+        self._dtype: torch.dtype | None = None
         self._pending: dict[str, str] = {}
 
     @property
@@ -113,26 +123,39 @@ class LRQDiTQuantizer(DiffusersQuantizer):
     def get_cuda_warm_up_factor(self) -> int:
         return 16 // self.config.weight_bits
 
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        self._dtype = torch_dtype
+        return torch_dtype
+
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        for file in checkpoint_files or []:
+        self._header = {}
+        for file in checkpoint_files:
             if str(file).endswith(".safetensors"):
-                checkpoint.check_safetensors(Path(file))
-        self._loaded_keys = set(loaded_keys)
+                self._header |= checkpoint.check_safetensors(Path(file))
+            elif self.pre_quantized:
+                raise CheckpointError(
+                    f"{file} is not a safetensors file; lrqdit reads its weights from no other format"
+                )
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             with torch.device("meta"):
                 checkpoint.allocate_layers(model, self.quantization_config.layers, torch.float32, "meta")
-            missing = sorted(set(model.state_dict()) - self._loaded_keys)
+            for layer in model.modules():
+                if isinstance(layer, QuantLinear):  # what no file holds is real from the start
+                    for name in layer._non_persistent_buffers_set:
+                        layer._buffers[name] = torch.zeros_like(layer._buffers[name], device="cpu")
+            checkpoint.check_dtypes(model, self._header)
+            missing = sorted(set(model.state_dict()) - set(self._header))
             if missing:
                 raise CheckpointError(
-                    f"the checkpoint of {type(model).__name__} lacks {len(missing)} tensors, the first is {missing[0]}; "
-                    "it is incomplete or belongs to another model"
+                    f"the checkpoint of {type(model).__name__} lacks {len(missing)} tensors, the first is {missing[0]}"
+                    "; it is incomplete or belongs to another model"
                 )
             return
         selection = select_layers(model, self.config.exclude)
-        kept = selection.kept if self.config.keep_bits == 8 else ()
+        kept = layers_stored_at_8_bits(model, selection, self.config)
         self._pending = {name: "quantized" for name in selection.quantized}
         self._pending |= {name: "weight_only" for name in selection.weight_only}
         self._pending |= {name: "kept" for name in kept}
@@ -171,10 +194,11 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         if self._pending:
             raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._pending))}; copy it again")
         checkpoint.tie_shared_inputs(model)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        if self._dtype is None:
+            self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for layer in model.modules():
             if isinstance(layer, QuantLinear):
-                layer._dtype_marker = torch.empty(0, dtype=dtype, device=layer.packed.device)
+                layer._dtype_marker = torch.empty(0, dtype=self._dtype, device=layer.packed.device)
         attach(model, self.config, self)
         return model
 
@@ -182,6 +206,8 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
                 model.set_submodule(name, layer.to_linear())
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if "quantization" not in k})
+        model.quantization_method = None
         return model
 
 

@@ -1,4 +1,4 @@
-"""One family of errors: every failure a user can cause is a :class:`LrqditError` that says what, where and what to do."""
+"""One family of errors: a failure a user can mend is a :class:`LrqditError` that says what, where and what to do."""
 
 
 class LrqditError(Exception):

@@ -1,8 +1,8 @@
 """The quantized linear layer: an ``nn.Linear`` to everyone who asks, packed codes and int8 levels inside.
 
 All state lies in integer buffers, and the state dict is the checkpoint. Float side data (row scales, bias, input offset
-and scale) is kept as the bit pattern of its float type in an integer buffer of the same width: no ``.half()``, no loader
-that casts float tensors, no offloading hook can change it, and reading it back is a view.
+and scale) is kept as the bit pattern of its float type in an integer buffer of the same width: no ``.half()``, no
+loader that casts float tensors, no offloading hook can change it, and reading it back is a view.
 
 Layers that read the same tensor share one input transform. Its first reader stores it; the others hold it in
 non-persistent buffers (``input_from`` in their format names the owner) and reuse the codes that the first one computed.
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lrqdit import ops
 from lrqdit.activation import InputTransform
+from lrqdit.config import ACTIVATION_BITS, WEIGHT_BITS
 from lrqdit.errors import CheckpointError, ModelError
 from lrqdit.packing import pack, packed_shape
-from lrqdit.rotation import Rotation
+from lrqdit.rotation import MAX_BLOCK, Rotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +64,55 @@ class LinearFormat:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LinearFormat":
-        """Inverse of :meth:`to_dict`; unknown or missing keys raise :class:`CheckpointError`."""
+        """Inverse of :meth:`to_dict`; unknown, missing or impossible values raise :class:`CheckpointError`."""
         try:
-            return cls(**{**values, "factors": tuple(values.get("factors", ()))})
-        except TypeError as error:
-            raise CheckpointError(f"layer format {values!r} is not readable: {error}; is it a newer version?") from error
+            layout = cls(**{**values, "factors": tuple(values.get("factors", ()))})
+            layout._check()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"layer format {values!r} is not readable: {error}; is it a newer version?"
+            ) from error
+        return layout
+
+    def _check(self) -> None:
+        kinds: dict[str, Any] = {"factors": tuple, "clip": (int, float)}
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), kinds.get(f.name, f.type)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise TypeError(f"{f.name}={value!r}")
+        if not (self.in_features > 0 and self.out_features > 0 and 0 < self.clip <= 1):
+            raise ValueError(f"{self.out_features} x {self.in_features}, clip={self.clip}")
+        if self.weight_bits not in WEIGHT_BITS or self.activation_bits not in ACTIVATION_BITS:
+            raise ValueError(f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}")
+        if self.table_rows not in ((0,) if self.weight_bits == 8 else (1, self.out_features)):
+            raise ValueError(f"table_rows={self.table_rows}")
+        if self.rotation != "outlier":
+            Rotation.from_tensors(self.rotation, self.in_features, self.factors, {})
+        elif (
+            len(self.factors) != 1
+            or self.factors[0] not in range(1, MAX_BLOCK + 1)
+            or self.in_features % self.factors[0]
+        ):
+            raise ValueError(f"factors={self.factors} of an outlier rotation")
 
 
 class SharedInput:
-    """The codes of the last tensor that a group of layers quantized, dropped after the group's last reader."""
+    """The codes of the last tensor that a group of layers quantized, dropped after the group's last reader.
+
+    They are dropped with the tensor, too, if not every layer of the group reads it.
+    """
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
         self.entry: tuple[weakref.ref, int, Tensor, Tensor] | None = None
         self.reads_left = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "entry": None}  # copies and pickles leave the codes behind
+
+    def _drop(self, reference: weakref.ref) -> None:
+        if self.entry is not None and self.entry[0] is reference:
+            self.entry = None
 
     def get(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         entry = self.entry
@@ -89,7 +125,7 @@ class SharedInput:
 
     def put(self, x: Tensor, codes: Tensor, scale: Tensor) -> None:
         if self.readers > 1 and not x.is_inference():  # an inference tensor has no version to check
-            self.entry, self.reads_left = (weakref.ref(x), x._version, codes, scale), self.readers - 1
+            self.entry, self.reads_left = (weakref.ref(x, self._drop), x._version, codes, scale), self.readers - 1
 
 
 class QuantLinear(nn.Linear):
@@ -157,9 +193,10 @@ class QuantLinear(nn.Linear):
     def share_input(self, owner: "QuantLinear") -> None:
         """Read the same input transform as ``owner``, and reuse the codes it computes."""
         for name in self._input_buffers():
-            setattr(self, name, getattr(owner, name))
-        owner.shared_input.readers += 1
-        self.shared_input = owner.shared_input
+            setattr(self, name, getattr(owner, name).to(self.packed.device))
+        if self.shared_input is not owner.shared_input:
+            owner.shared_input.readers += 1
+            self.shared_input = owner.shared_input
 
     def _float_view(self, name: str, dtype: torch.dtype) -> Tensor | None:
         buffer = self._buffers.get(name)
@@ -221,7 +258,19 @@ class QuantLinear(nn.Linear):
     def _forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        weight = (self.packed, self._buffers.get("table"), self.row_scale, self.bias, self.format.weight_bits, out_dtype)
+        # autocast would reach the float products inside the operators
+        with torch.autocast(kind, enabled=False):
+            return self._compute(x, out_dtype)
+
+    def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        weight = (
+            self.packed,
+            self._buffers.get("table"),
+            self.row_scale,
+            self.bias,
+            self.format.weight_bits,
+            out_dtype,
+        )
         if self.format.activation_bits == 16:
             y = ops.weight_only_linear(x.reshape(-1, self.in_features), *self._input_arguments(), *weight)
         else:
@@ -258,7 +307,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
         ctx.layer = layer
-        return layer._forward(x.detach())
+        return layer._forward(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ModelError
 
 PIPELINE_COMPONENTS = ("transformer", "transformer_2")
@@ -50,7 +51,7 @@ _FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)"
 
 GENERIC = ModelSpec(
     quantized=r".*",
-    kept=r"(^|[._])(\w*norm\w*|\w*ada\w*|\w*emb\w*|\w*modulation\w*|time\w*|t_block|proj_out|router|gate)([._]|$)",
+    kept=r"(^|\.)(\w*norm\w*|ada(?!p)\w*|\w*emb\w*|\w*modulation\w*|(\w+_)?mod|time\w*|t_block|router|gate)(\.|$)|^proj_out",
 )
 MODELS: dict[str, ModelSpec] = {
     "PixArtTransformer2DModel": ModelSpec(rf"transformer_blocks\.\d+\.({_ATTENTION}|{_FEED_FORWARD})"),
@@ -60,6 +61,19 @@ MODELS: dict[str, ModelSpec] = {
         weight_only=r"transformer_blocks\.\d+\.norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear",
     ),
     "LatteTransformer3DModel": ModelSpec(rf"(temporal_)?transformer_blocks\.\d+\.({_ATTENTION}|{_FEED_FORWARD})"),
+    "SD3Transformer2DModel": ModelSpec(
+        rf"transformer_blocks\.\d+\.({_ATTENTION}|{_FEED_FORWARD})",
+        weight_only=r"transformer_blocks\.\d+\.norm1(_context)?\.linear",
+    ),
+    "CogVideoXTransformer3DModel": ModelSpec(
+        rf"transformer_blocks\.\d+\.({_ATTENTION}|{_FEED_FORWARD})",
+        weight_only=r"transformer_blocks\.\d+\.norm[12]\.linear",
+    ),
+    "HunyuanVideoTransformer3DModel": ModelSpec(
+        rf"transformer_blocks\.\d+\.({_ATTENTION}|{_FEED_FORWARD})"
+        rf"|single_transformer_blocks\.\d+\.({_ATTENTION}|proj_mlp|proj_out)",
+        weight_only=r"transformer_blocks\.\d+\.norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear",
+    ),
 }
 
 
@@ -117,6 +131,12 @@ def select_layers(module: nn.Module, exclude: tuple[str, ...] = ()) -> Selection
             "diffusion transformer, or loosen exclude"
         )
     return Selection(tuple(quantized), tuple(weight_only), tuple(kept))
+
+
+def layers_stored_at_8_bits(module: nn.Module, selection: Selection, config: QuantizationConfig) -> tuple[str, ...]:
+    """The kept layers that are stored weight-only at 8 bits: all but the smallest, unless ``keep_bits`` is 16."""
+    is_large = {name: module.get_submodule(name).weight.numel() >= SMALLEST_KEPT_WEIGHTS for name in selection.kept}
+    return tuple(name for name in selection.kept if is_large[name] and config.keep_bits == 8)
 
 
 def call_arguments(pipeline: Any) -> dict[str, Any]:

@@ -42,7 +42,10 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
     if table.shape[0] == 1:
         return torch.cat([table[0][chunk.int()] for chunk in codes.split(ROWS_PER_CHUNK)])
     return torch.cat(
-        [t.gather(1, chunk.long()) for t, chunk in zip(table.split(ROWS_PER_CHUNK), codes.split(ROWS_PER_CHUNK))]
+        [
+            t.gather(1, chunk.long())
+            for t, chunk in zip(table.split(ROWS_PER_CHUNK), codes.split(ROWS_PER_CHUNK), strict=True)
+        ]
     )
 
 
@@ -50,8 +53,12 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact a b^T of int8 (m, k) and (n, k) -> int32 (m, n), on any device."""
     if a.device.type == "cpu":
         return torch._int_mm(a, b.t())
-    # |a b| <= 2^14, so 1024 products stay within the 24 bits of a float32
-    parts = (x.float() @ y.float().t() for x, y in zip(a.split(1024, dim=1), b.split(1024, dim=1)))
+    return float_integer_matmul(a, b)
+
+
+def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`integer_matmul` by float products: |a b| <= 2^14, so 1024 of them stay within the 24 bits of a float32."""
+    parts = (x.float() @ y.float().t() for x, y in zip(a.split(1024, dim=1), b.split(1024, dim=1), strict=True))
     return sum((part.int() for part in parts), torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device))
 
 
@@ -64,7 +71,7 @@ def _quantize_tokens(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip
 ) -> tuple[Tensor, Tensor]:
     x = _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    return activation.quantize_tokens(x, bits, clip)
+    return activation.quantize_tokens(x.contiguous(), bits, clip)
 
 
 def _quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:

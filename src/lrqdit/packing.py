@@ -64,8 +64,8 @@ def unpack(packed: Tensor, out_features: int, in_features: int, bits: int) -> Te
     shape = packed_shape(out_features, in_features, bits)
     if tuple(packed.shape) != shape:
         raise ConfigError(
-            f"unpack: packed has shape {tuple(packed.shape)}, but a {out_features} x {in_features} layer at {bits} bits "
-            f"has {shape}"
+            f"unpack: packed has shape {tuple(packed.shape)}, but a {out_features} x {in_features} layer at {bits} "
+            f"bits has {shape}"
         )
     out_tiles, in_tiles, _ = shape
     if bits == 8:

@@ -1,4 +1,4 @@
-"""The main job: calibrate a model on its real denoising loop, then replace its linear layers one group at a time."""
+"""The main job: calibrate a model on its denoising loop, quantize its linear layers group by group, replace them."""
 
 import dataclasses
 import inspect
@@ -17,9 +17,10 @@ from lrqdit import checkpoint, diffusers_plugin, models
 from lrqdit.accounting import SizeReport, measure_size
 from lrqdit.activation import InputTransform
 from lrqdit.calibrate import InputGroup, Observer
+from lrqdit.codebook import CODEBOOKS
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError
-from lrqdit.fit import GroupReport, choose_transform, data_free_transform, keep_at_8_bits, quantize_linear
+from lrqdit.fit import GroupReport, check_finite, choose_transform, data_free_transform, keep_at_8_bits, quantize_linear
 from lrqdit.linear import QuantLinear
 
 
@@ -67,7 +68,7 @@ def quantize(
     Args:
         target: a diffusers pipeline (its ``transformer`` and ``transformer_2``) or a module.
         preset: such as ``"w4a8"``, or a whole :class:`QuantizationConfig`.
-        prompts: calibration prompts, for a pipeline; eight general ones if neither these nor ``forward_loop`` are given.
+        prompts: calibration prompts, for a pipeline; eight of our own if neither these nor ``forward_loop`` is given.
         forward_loop: called once with ``target``; runs whatever shall be observed. Required for a plain module.
         is_calibrated: False quantizes without data: Hadamard rotations, no smoothing, no centring.
         steps, guidance_scale: of the calibration's denoising loop; the pipeline's own defaults if None.
@@ -106,6 +107,12 @@ def quantize(
             mark = checkpoint.fingerprint(checkpoint.FORMAT_VERSION, name, *inputs, module=module)
             run_folders[name] = checkpoint.RunFolder(Path(resume_folder) / name, mark)
 
+    for name, module in modules.items():
+        stored = selections[name].quantized + selections[name].weight_only
+        stored += models.layers_stored_at_8_bits(module, selections[name], config)
+        for layer_name in stored:
+            layer = module.get_submodule(layer_name)
+            check_finite(layer_name, layer.weight, layer.bias)
     start = time.monotonic()
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     bytes_before = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
@@ -114,10 +121,18 @@ def quantize(
         groups = _calibrate(target, modules, selections, config, forward_loop, run_folders)
     calibrated = time.monotonic()
     reports: list[GroupReport] = []
+    # nothing is replaced before everything is fitted: a failed run leaves the model as it was
+    replacements: dict[str, dict[str, QuantLinear]] = {}
     for name, module in modules.items():
-        reports += _quantize_module(
+        replacements[name], module_reports = _quantize_module(
             name, module, selections[name], groups.get(name), config, run_folders.get(name), show_progress
         )
+        reports += module_reports
+    for name, module in modules.items():
+        for layer_name, layer in replacements[name].items():
+            original = module.get_submodule(layer_name)
+            layer.train(original.training)
+            module.set_submodule(layer_name, layer.to(device=original.weight.device, dtype=original.weight.dtype))
         checkpoint.tie_shared_inputs(module)
         if isinstance(module, ConfigMixin):
             diffusers_plugin.attach(module, config)
@@ -160,8 +175,12 @@ def pipeline_loop(
 
 def _build_config(preset: str | QuantizationConfig, settings: dict[str, Any]) -> QuantizationConfig:
     if isinstance(preset, QuantizationConfig):
-        return QuantizationConfig.from_dict({**preset.to_dict(), **settings})
-    return QuantizationConfig.from_name(preset, **settings)
+        config = QuantizationConfig.from_dict({**preset.to_dict(), **settings})
+    else:
+        config = QuantizationConfig.from_name(preset, **settings)
+    if config.codebook not in CODEBOOKS:  # the configuration is free of torch and cannot know
+        raise ConfigError(f"codebook={config.codebook!r} is not supported; use one of {', '.join(CODEBOOKS)}")
+    return config
 
 
 def _find_modules(target: Any) -> dict[str, nn.Module]:
@@ -219,12 +238,14 @@ def _quantize_module(
     config: QuantizationConfig,
     run_folder: checkpoint.RunFolder | None,
     show_progress: bool,
-) -> list[GroupReport]:
+) -> tuple[dict[str, QuantLinear], list[GroupReport]]:
+    """The quantized form of every selected layer of a module, by name; the module itself is only read."""
     weight_only = set(selection.weight_only)
     names = [group.names for group in groups] if groups else [[n] for n in selection.quantized + selection.weight_only]
     # layers that share an input but are treated differently cannot share its codes
     parts = [(index, [n for n in group if (n in weight_only) == flag]) for index, group in enumerate(names)
              for flag in (False, True)]  # fmt: skip
+    replacements: dict[str, QuantLinear] = {}
     reports = []
     for number, (index, members) in enumerate(tqdm(parts, f"quantizing {component}", disable=not show_progress)):
         if not members:
@@ -237,18 +258,11 @@ def _quantize_module(
             tensors = {f"{n}:{k}": t for n, layer in layers.items() for k, t in layer.state_dict().items()}
             formats = {n: layer.format.to_dict() for n, layer in layers.items()}
             run_folder.save(f"group-{number}", tensors, {"formats": formats, "report": dataclasses.asdict(report)})
-        for name, layer in layers.items():
-            original = module.get_submodule(name)
-            marker = original.weight
-            layer.train(original.training)
-            module.set_submodule(name, layer.to(device=marker.device, dtype=marker.dtype))
+        replacements.update(layers)
         reports.append(report)
-    if config.keep_bits == 8:
-        for name in selection.kept:
-            layer = module.get_submodule(name)
-            if layer.weight.numel() >= models.SMALLEST_KEPT_WEIGHTS:
-                module.set_submodule(name, keep_at_8_bits(name, layer, config).to(layer.weight.device))
-    return reports
+    for name in models.layers_stored_at_8_bits(module, selection, config):
+        replacements[name] = keep_at_8_bits(name, module.get_submodule(name), config)
+    return replacements, reports
 
 
 def _quantize_group(

@@ -267,7 +267,7 @@ def _build_outlier(
         measure = _independent_magnitudes
     else:
         rows, measure = torch.rand(1, in_features, generator=generator), _independent_magnitudes
-    with _single_thread():
+    with single_thread():
         block1 = _fit_block(rows, block, measure, generator)
         permutation = zigzag_permutation(measure(rows, block1).amax(0).flatten(), block)
         rows = _rotate_blocks(rows, block1.float()) if sample is not None else measure(rows, block1).reshape(1, -1)
@@ -363,7 +363,7 @@ def _random_signs(in_features: int, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _single_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """QR and matrix products in float64 give the same bits on every run only with a fixed number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

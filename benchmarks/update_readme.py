@@ -1,0 +1,71 @@
+"""Rewrite the README's numbers from benchmarks/results/*.json; no number in it is typed by hand.
+
+make demo && cp demo-out/results.json benchmarks/results/demo.json && cp demo-out/comparison.png docs/
+python benchmarks/bench_captions.py w4a8 w3a8 w4a4 | tail -1 > benchmarks/results/captions.json
+python benchmarks/bench_levels.py | tail -1 > benchmarks/results/levels.json
+python benchmarks/update_readme.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())
+
+
+def demo_table() -> list[str]:
+    """The embedded model: sizes, closeness to the original, and whether it still draws its captions."""
+    captions = {row["model"]: row for row in read("captions")["rows"]}
+    original = captions["original"]
+    lines = [
+        "Embedded model, pictures of eight captions that calibration did not see (PSNR, SSIM, latent error against the",
+        "original's pictures), and 64 captions whose nearest neighbour among all 1,911 Noto emoji must be the",
+        "captioned one or one of its subcategory (`benchmarks/bench_captions.py`):",
+        "",
+        "| preset | true bits | file | PSNR | SSIM | latent error | caption or subcategory (caption itself) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = read("demo")["rows"]
+    lines.append(
+        f"| original | 16 | {rows[0]['bytes_before'] / 1e6:.1f} MB | - | - | - "
+        f"| {original['subcategory']:.0%} ({original['exact']:.0%}) |"
+    )
+    for row in rows:
+        caption = captions.get(row["preset"])
+        shares = f"{caption['subcategory']:.0%} ({caption['exact']:.0%})" if caption else "-"
+        lines.append(
+            f"| {row['preset']} | {row['true_bits']:.2f} | {row['bytes_after'] / 1e6:.1f} MB | {row['psnr']:.1f} dB "
+            f"| {row['ssim']:.3f} | {row['latent_error']:.3f} | {shares} |"
+        )
+    return lines
+
+
+def level_table() -> list[str]:
+    """Relative squared error of the levels."""
+    levels = read("levels")
+    lines = [
+        "Relative squared error of the deployed levels (int8 table times row scale) on Gaussian rows of 1152, the",
+        "worst over weight scales from 1e-6 to 1e3 (`benchmarks/bench_levels.py`):",
+        "",
+        "| bits | Twin-Log, one table per layer | Lloyd-Max, one table per layer | min-max uniform |",
+        "|---|---|---|---|",
+    ]
+    for bits in ("4", "3", "2"):
+        errors = (levels[kind][bits] for kind in ("gaussian", "lloyd_max", "minmax"))
+        lines.append(f"| {bits} | " + " | ".join(f"{error:.4f}" for error in errors) + " |")
+    return lines
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    block = "\n".join(["<!-- results -->", *demo_table(), "", *level_table(), "<!-- /results -->"])
+    text = re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: block, path.read_text(), flags=re.DOTALL)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+import re
+
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from tiny_models import TINY_MODELS, build_model
+from torch import nn
+
+from lrqdit.errors import ModelError
+from lrqdit.models import GENERIC, MODELS, ModelSpec, call_arguments, find_spec, select_layers
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def names(prefix, *leaves):
+    return {f"{prefix}.{leaf}" for leaf in leaves}
+
+
+# The low-bit layers of the first block of each architecture, written down by hand.
+EXPECTED = {
+    "PixArtTransformer2DModel": names("transformer_blocks.0.attn1", *ATTENTION)
+    | names("transformer_blocks.0.attn2", *ATTENTION)
+    | names("transformer_blocks.0.ff.net", "0.proj", "2"),
+    "FluxTransformer2DModel": names("transformer_blocks.0.attn", *ATTENTION)
+    | names("transformer_blocks.0.attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    | names("transformer_blocks.0.ff.net", "0.proj", "2")
+    | names("transformer_blocks.0.ff_context.net", "0.proj", "2")
+    | names("single_transformer_blocks.0", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"),
+    "LatteTransformer3DModel": names("transformer_blocks.0.attn1", *ATTENTION)
+    | names("transformer_blocks.0.attn2", *ATTENTION)
+    | names("transformer_blocks.0.ff.net", "0.proj", "2")
+    | names("temporal_transformer_blocks.0.attn1", *ATTENTION)
+    | names("temporal_transformer_blocks.0.ff.net", "0.proj", "2"),
+    "SD3Transformer2DModel": names("transformer_blocks.0.attn", *ATTENTION)
+    | names("transformer_blocks.0.attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    | names("transformer_blocks.0.ff.net", "0.proj", "2")
+    | names("transformer_blocks.0.ff_context.net", "0.proj", "2"),
+    "SanaTransformer2DModel": names("transformer_blocks.0.attn1", *ATTENTION)
+    | names("transformer_blocks.0.attn2", *ATTENTION),
+    "CogVideoXTransformer3DModel": names("transformer_blocks.0.attn1", *ATTENTION)
+    | names("transformer_blocks.0.ff.net", "0.proj", "2"),
+    "WanTransformer3DModel": names("blocks.0.attn1", *ATTENTION)
+    | names("blocks.0.attn2", *ATTENTION)
+    | names("blocks.0.ffn.net", "0.proj", "2"),
+    "HunyuanVideoTransformer3DModel": names("transformer_blocks.0.attn", *ATTENTION)
+    | names("transformer_blocks.0.attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    | names("transformer_blocks.0.ff.net", "0.proj", "2")
+    | names("transformer_blocks.0.ff_context.net", "0.proj", "2")
+    | names("single_transformer_blocks.0", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"),
+}
+WEIGHT_ONLY = {
+    "FluxTransformer2DModel": {
+        *names("transformer_blocks.0", "norm1.linear", "norm1_context.linear"),
+        "single_transformer_blocks.0.norm.linear",
+    },
+    "SD3Transformer2DModel": {
+        *names("transformer_blocks.0", "norm1.linear", "norm1_context.linear"),
+        *names("transformer_blocks.1", "norm1.linear", "norm1_context.linear"),
+    },
+    "CogVideoXTransformer3DModel": names("transformer_blocks.0", "norm1.linear", "norm2.linear"),
+    "HunyuanVideoTransformer3DModel": {
+        *names("transformer_blocks.0", "norm1.linear", "norm1_context.linear"),
+        "single_transformer_blocks.0.norm.linear",
+    },
+}
+
+
+def test_every_entry_is_tested():
+    assert set(MODELS) <= set(EXPECTED) == set(TINY_MODELS)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_selection(name):
+    with torch.device("meta"):
+        model = TINY_MODELS[name]()
+    selection = select_layers(model)
+    of_first_block = {n for n in selection.quantized if re.match(r"\w+\.0\.", n)}
+    assert of_first_block == EXPECTED[name]
+    assert set(selection.weight_only) == WEIGHT_ONLY.get(name, set())
+    linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    parts = (*selection.quantized, *selection.weight_only, *selection.kept)
+    assert sorted(parts) == sorted(linear)  # each layer once
+    assert any("proj_out" in n for n in selection.kept) and not any("emb" in n for n in selection.quantized)
+
+
+def tree(*layer_names):
+    """A module with linear layers of the given names."""
+    root = nn.Module()
+    for name in layer_names:
+        *path, leaf = name.split(".")
+        parent = root
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(leaf, nn.Linear(4, 4))
+    return root
+
+
+QUANTIZED = [
+    "layers.0.self_attn.to_q",
+    "layers.0.mlp.gate_up_proj",
+    "layers.0.mlp.gate_proj",
+    "layers.0.ffn.w1",
+    "blocks.3.attention.proj_out",
+    "blocks.3.adapter_free.proj",
+    "single_blocks.1.linear2",
+]
+KEPT = [
+    "x_embedder",
+    "proj_out",
+    "proj_out.0",
+    "final_layer.linear",
+    "blocks.0.adaLN_modulation.1",
+    "blocks.0.ada_norm",
+    "blocks.0.img_mod.1",
+    "blocks.0.txt_mod.1",
+    "blocks.0.mod.lin",
+    "blocks.0.norm1.linear",
+    "blocks.0.norm1_context.linear",
+    "blocks.0.time_mlp.0",
+    "blocks.0.moe.router",
+    "blocks.0.moe.gate",
+    "blocks.0.pos_embed.proj",
+    "blocks.0.time_text_embed.timestep_embedder.linear_1",
+]
+
+
+def test_generic_rule():
+    selection = select_layers(tree(*QUANTIZED, *KEPT))
+    assert set(selection.quantized) == set(QUANTIZED) and set(selection.kept) == set(KEPT)
+
+
+def test_module_without_blocks():
+    selection = select_layers(tree("first", "second", "proj_out"))
+    assert selection.quantized == ("first", "second") and selection.kept == ("proj_out",)
+
+
+def test_subclasses_of_linear_are_left_alone():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    selection = select_layers(model)
+    assert set(selection.quantized) == {"linear1", "linear2"}  # not self_attn.out_proj, which reads .weight
+
+
+def test_exclude():
+    model = tree("blocks.0.q", "blocks.0.k", "blocks.1.q")
+    assert select_layers(model, (r"\.q$",)).quantized == ("blocks.0.k",)
+    with pytest.raises(
+        ModelError, match=r"exclude='z' matches no linear layer of Module; its layers are named like blocks"
+    ):
+        select_layers(model, ("z",))
+    with pytest.raises(ModelError, match=r"no linear layer to quantize \(3 found, 3 kept\)"):
+        select_layers(model, ("q", "k"))
+    with pytest.raises(ModelError, match=r"\(0 found, 0 kept\)"):
+        select_layers(nn.Conv2d(1, 1, 1))
+    with pytest.raises(ModelError, match="it has none"):
+        select_layers(nn.Conv2d(1, 1, 1), ("a",))
+
+
+def test_exclude_reaches_weight_only_layers():
+    selection = select_layers(build_model("FluxTransformer2DModel"), (r"norm\.linear",))
+    assert "single_transformer_blocks.0.norm.linear" in selection.kept
+
+
+def test_find_spec():
+    assert find_spec(nn.Linear(1, 1)) is GENERIC
+    assert find_spec(build_model("PixArtTransformer2DModel")) is MODELS["PixArtTransformer2DModel"]
+
+
+def test_call_arguments(monkeypatch):
+    pipeline = build_tiny_pipeline()
+    assert call_arguments(pipeline) == {"use_resolution_binning": False, "clean_caption": False}
+    pipeline.transformer.register_to_config(sample_size=64)
+    assert call_arguments(pipeline) == {"clean_caption": False}
+    spec = ModelSpec(".*", call_arguments={"guidance_scale": 1.5, "unheard_of": 1})
+    monkeypatch.setitem(MODELS, "PixArtTransformer2DModel", spec)
+    assert call_arguments(pipeline) == {"guidance_scale": 1.5, "clean_caption": False}
