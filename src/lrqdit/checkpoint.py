@@ -293,9 +293,6 @@ class RunFolder:
             for i, names in enumerate(values["names"])
         ]
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def fingerprint(*values: Any, module: nn.Module | None = None) -> str:
     """SHA-256 of JSON values and of every weight's shape and first kilobyte."""

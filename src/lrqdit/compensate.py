@@ -12,8 +12,6 @@ order of diag(H).
 Both steps fit the calibration tokens, so tokens held out decide per layer: plain rounding, GPTQ, or GPTQ on V.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,18 +26,9 @@ MAX_HESSIAN_WIDTH = 4096
 HELD_OUT_EVERY = 5
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """Codes uint8 (out_features, in_features), how they were found, and the held-out error by way of rounding."""
-
-    codes: Tensor
-    kind: str
-    errors: dict[str, float]
-
-
 def round_weight(
     weight: Tensor, levels: Codebook, transform: InputTransform, tokens: Tensor, activation_bits: int
-) -> Rounding:
+) -> tuple[Tensor, dict[str, float]]:
     """Round a folded weight by every way and keep the one with the smallest error on held-out tokens.
 
     Args:
@@ -50,7 +39,8 @@ def round_weight(
         activation_bits: 16 leaves the transformed tokens as they are.
 
     Returns:
-        The rounding; ``errors`` are squared output errors on held-out tokens relative to plain rounding's.
+        Codes uint8 (out_features, in_features), and by way of rounding (``nearest``, ``gptq``, ``wiener``) the squared
+        output error on held-out tokens relative to plain rounding's; the codes are those of the smallest.
     """
     exact = transform.apply(tokens)
     seen = exact
@@ -62,17 +52,19 @@ def round_weight(
         for columns in torch.arange(weight.shape[1]).split(MAX_HESSIAN_WIDTH):
             fitted, wanted = seen[~is_held_out][:, columns].double(), exact[~is_held_out][:, columns].double()
             hessian = fitted.T @ fitted
-            damping = DAMPING * float(hessian.diagonal().mean())
-            if not damping > 0:
+            energy = hessian.diagonal().mean()
+            if not energy > 0:
                 continue
-            hessian.diagonal().add_(damping)
-            factor = torch.linalg.cholesky(hessian)
             cross = fitted.T @ wanted
-            cross.diagonal().add_(damping)
+            for moment in (hessian, cross):
+                moment.div_(energy).diagonal().add_(DAMPING)
+            factor = torch.linalg.cholesky(hessian)
             part = weight[:, columns]
-            shrunk = torch.cholesky_solve(cross @ part.double().T, factor).T.float()
             inverse = torch.cholesky_inverse(factor)
-            for kind, target in {"gptq": part, "wiener": shrunk}.items():
+            targets = {"gptq": part}
+            if activation_bits < 8:  # with more, V is W~ to rounding
+                targets["wiener"] = torch.cholesky_solve(cross @ part.double().T, factor).T.float()
+            for kind, target in targets.items():
                 found = codes.setdefault(kind, codes["nearest"].clone())
                 found[:, columns] = _compensate(target, levels, hessian, inverse)
         target = F.linear(exact[is_held_out], weight)
@@ -82,7 +74,7 @@ def round_weight(
         }
     best = min(squared, key=lambda kind: squared[kind])
     plain = squared["nearest"] or 1.0
-    return Rounding(codes[best], best, {kind: error / plain for kind, error in squared.items()})
+    return codes[best], {kind: error / plain for kind, error in squared.items()}
 
 
 def _compensate(weight: Tensor, levels: Codebook, hessian: Tensor, inverse: Tensor) -> Tensor:

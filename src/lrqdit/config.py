@@ -7,7 +7,8 @@ quantized to 8. Two named modes set everything else:
 mode       what it is                                        settings
 ========== ================================================= ==========================================================
 ``auto``   the default: per layer, the rotation and          one table per layer, centring, fitted activation clip,
-           smoothing with the smallest measured error        8-bit storage of the layers kept out of the low-bit set
+           smoothing with the smallest measured error        error-compensated rounding where held-out tokens gain,
+                                                             8-bit storage of the layers kept out of the low-bit set
 ``paper``  LRQ-DiT as published (arXiv 2508.03485)           one table per row, smoothing 0.5, rotation by J >= 1,
                                                              no clip, no centring, kept layers untouched
 ========== ================================================= ==========================================================
@@ -30,12 +31,14 @@ MODES: dict[str, dict[str, Any]] = {
         "smoothing": "always",
         "is_centred": False,
         "is_clipped": False,
+        "rounding": "nearest",
         "keep_bits": 16,
     },
 }
 ROTATION_POLICIES = ("auto", "threshold", "none", "hadamard", "block_hadamard", "outlier")
 SMOOTHING_POLICIES = ("auto", "always", "never")
 TABLE_SCOPES = ("layer", "row")
+ROUNDING_POLICIES = ("auto", "nearest")
 _KINDS: dict[str, Any] = {
     "codebook": str,
     "rotation_threshold": (int, float),
@@ -65,6 +68,7 @@ class QuantizationConfig:
         smoothing_alpha: exponent of the weights in the smoothing vector.
         is_centred: subtract the calibrated channel mean and fold it into the bias.
         is_clipped: fit a clip ratio of the per-token absmax for each layer.
+        rounding: ``auto`` (GPTQ where it lowers a layer's error on held-out tokens) or ``nearest``.
         keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).
         exclude: regular expressions of further layers to keep.
         calibration_tokens: size of the token reservoir of each layer input.
@@ -85,9 +89,10 @@ class QuantizationConfig:
     smoothing_alpha: float = 0.5
     is_centred: bool = True
     is_clipped: bool = True
+    rounding: str = "auto"
     keep_bits: int = 8
     exclude: tuple[str, ...] = ()
-    calibration_tokens: int = 768
+    calibration_tokens: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,6 +109,7 @@ class QuantizationConfig:
         _check_choice("table_scope", self.table_scope, TABLE_SCOPES)
         _check_choice("rotation", self.rotation, ROTATION_POLICIES)
         _check_choice("smoothing", self.smoothing, SMOOTHING_POLICIES)
+        _check_choice("rounding", self.rounding, ROUNDING_POLICIES)
         _check_choice("keep_bits", self.keep_bits, (8, 16))
         if not 0 < self.smoothing_alpha < 1:
             raise ConfigError(f"smoothing_alpha={self.smoothing_alpha!r} must lie between 0 and 1; 0.5 is the default")

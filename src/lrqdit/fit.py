@@ -6,7 +6,8 @@ are folded and quantized, and the output error on reservoir tokens decides:
     error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
 
 relative to the part of the output that varies between tokens, so that a constant offset neither hides nor inflates it.
-The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows and tokens decides.
+The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows decides. Then each
+weight is rounded so that later columns make up for the error of earlier ones, where that helps (``compensate``).
 """
 
 import math
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from lrqdit import codebook, rotation
 from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
 from lrqdit.calibrate import ActivationStats
+from lrqdit.compensate import round_weight
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
 from lrqdit.linear import LinearFormat, QuantLinear
@@ -44,7 +46,9 @@ class GroupReport:
         absmax: the largest |x|; None without calibration.
         rotation, is_smoothed, clip: the choice.
         error: relative output error of the choice.
-        candidates: relative output error by "rotation" or "rotation+smoothing".
+        candidates: relative output error by "rotation" or "rotation+smoothing", both with plain rounding.
+        rounding: by layer, the held-out output error of each way of rounding relative to plain rounding; the smallest
+            was taken.
     """
 
     names: list[str]
@@ -57,6 +61,7 @@ class GroupReport:
     absmax: float | None = None
     error: float | None = None
     candidates: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def gain(self) -> float | None:
@@ -202,8 +207,9 @@ def gaussian_clip(in_features: int, bits: int) -> float:
 def quantize_linear(
     name: str, weight: Tensor, bias: Tensor | None, transform: InputTransform, config: QuantizationConfig,
     weight_bits: int, activation_bits: int, dtype: torch.dtype, input_from: str | None = None,
+    tokens: Tensor | None = None, report: GroupReport | None = None,
 ) -> QuantLinear:  # fmt: skip
-    """Fold the transform into a layer's weight and bias, fit its levels, encode and pack.
+    """Fold the transform into a layer's weight and bias, fit its levels, round and pack.
 
     Args:
         name: for messages.
@@ -211,6 +217,8 @@ def quantize_linear(
         transform: of the layer's input.
         dtype: the dtype the layer answers for its weight.
         input_from: name of the layer that owns the transform, if it is another one.
+        tokens: (count, in_features) of the layer's raw input, for rounding that compensates its error.
+        report: where the errors of the ways of rounding are noted.
 
     Raises:
         NumericalError: if the weight contains NaN or Inf.
@@ -241,8 +249,14 @@ def quantize_linear(
         has_scale=transform.input_scale is not None,
         input_from=input_from,
     )
+    if tokens is None or config.rounding == "nearest" or weight_bits == 8:
+        codes = levels.encode(folded)
+    else:
+        codes, errors = round_weight(folded, levels, transform, tokens, activation_bits)
+        if report is not None:
+            report.rounding[name] = errors
     table = None if weight_bits == 8 else levels.table
-    return QuantLinear(layout, dtype).fill(levels.encode(folded), table, levels.row_scale, new_bias, transform)
+    return QuantLinear(layout, dtype).fill(codes, table, levels.row_scale, new_bias, transform)
 
 
 def keep_at_8_bits(name: str, layer: nn.Linear, config: QuantizationConfig) -> QuantLinear:

@@ -73,7 +73,9 @@ def quantize(
         is_calibrated: False quantizes without data: Hadamard rotations, no smoothing, no centring.
         steps, guidance_scale: of the calibration's denoising loop; the pipeline's own defaults if None.
         arguments: further arguments of the pipeline's call.
-        resume_folder: where finished parts are kept, so that a killed run continues; removed at the end.
+        resume_folder: where finished parts are kept, so that a killed run continues; remove it when the result is
+            saved. It is reused for the same model, settings, prompts and arguments; what ``forward_loop`` does cannot
+            be seen, so give other data another folder.
         show_progress: progress bars on stderr.
         settings: single settings of :class:`QuantizationConfig`, such as ``mode="paper"`` or ``seed=1``.
 
@@ -138,8 +140,6 @@ def quantize(
             diffusers_plugin.attach(module, config)
         else:
             module.lrqdit_settings = config.to_dict()
-    for folder in run_folders.values():
-        folder.remove()
     size = measure_size(nn.ModuleDict({name.replace(".", "_"): module for name, module in modules.items()}))
     return CalibrationReport(
         config, reports, size, sum(parameters.values()), bytes_before, calibrated - start, time.monotonic() - calibrated
@@ -283,8 +283,9 @@ def _quantize_group(
     for name, layer in originals.items():
         owner = None if name == members[0] else members[0]
         layers[name] = quantize_linear(
-            name, layer.weight, layer.bias, transform, config, weight_bits, activation_bits, layer.weight.dtype, owner
-        )
+            name, layer.weight, layer.bias, transform, config, weight_bits, activation_bits, layer.weight.dtype, owner,
+            None if group is None else group.stats.tokens, report,
+        )  # fmt: skip
     return layers, report
 
 
