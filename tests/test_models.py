@@ -1,5 +1,6 @@
 import re
 
+import peft
 import pytest
 import torch
 from conftest import build_tiny_pipeline
@@ -140,6 +141,13 @@ def test_subclasses_of_linear_are_left_alone():
     model = nn.TransformerEncoderLayer(8, 2, 16)
     selection = select_layers(model)
     assert set(selection.quantized) == {"linear1", "linear2"}  # not self_attn.out_proj, which reads .weight
+
+
+def test_adapters_must_be_fused_first():
+    model = build_model("FluxTransformer2DModel")
+    model.add_adapter(peft.LoraConfig(target_modules=["to_q"], r=2))
+    with pytest.raises(ModelError, match=r"adapter at transformer_blocks\.0\.attn\.to_q; fuse it"):
+        select_layers(model)
 
 
 def test_exclude():

@@ -99,8 +99,14 @@ def select_layers(module: nn.Module, exclude: tuple[str, ...] = ()) -> Selection
         exclude: regular expressions (searched in the name) of further layers to keep.
 
     Raises:
-        ModelError: if an ``exclude`` pattern matches no layer, or nothing is left to quantize.
+        ModelError: if an ``exclude`` pattern matches no layer, nothing is left to quantize, or adapters are attached.
     """
+    adapted = next((name for name, _ in module.named_modules() if name.endswith(".base_layer")), None)
+    if adapted is not None:
+        raise ModelError(
+            f"{type(module).__name__} has an adapter at {adapted.removesuffix('.base_layer')}; fuse it into the "
+            "weights or unload it, quantize, and load it again onto the quantized model"
+        )
     # subclasses of nn.Linear may read .weight themselves (nn.MultiheadAttention does), so only exact ones are taken
     names = [name for name, layer in module.named_modules() if type(layer) is nn.Linear and name]
     for pattern in exclude:
