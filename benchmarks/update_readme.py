@@ -1,4 +1,4 @@
-"""Rewrite the README's numbers from benchmarks/results/*.json; no number in it is typed by hand.
+"""Rewrite the numbers of the README and of the demo model's card from benchmarks/results/*.json; none is typed by hand.
 
 make demo && cp demo-out/results.json benchmarks/results/demo.json && cp demo-out/comparison.png docs/
 python benchmarks/bench_captions.py w4a8 w3a8 w4a4 | tail -1 > benchmarks/results/captions.json
@@ -60,11 +60,24 @@ def level_table() -> list[str]:
     return lines
 
 
-def main() -> None:
-    path = ROOT / "README.md"
-    block = "\n".join(["<!-- results -->", *demo_table(), "", *level_table(), "<!-- /results -->"])
-    text = re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: block, path.read_text(), flags=re.DOTALL)
+def caption_sentence() -> str:
+    """For the demo model's card: how often it draws what it was asked for."""
+    row = next(row for row in read("captions")["rows"] if row["model"] == "original")
+    return (
+        f"it is the captioned one for {row['exact']:.0%}, and it or one of its subcategory for {row['subcategory']:.0%}"
+    )
+
+
+def fill(path: Path, marker: str, content: str) -> None:
+    """Replace what stands between <!-- marker --> and <!-- /marker -->."""
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    text = re.sub(f"{start}.*?{end}", lambda _: start + content + end, path.read_text(), flags=re.DOTALL)
     path.write_text(text)
+
+
+def main() -> None:
+    fill(ROOT / "README.md", "results", "\n" + "\n".join([*demo_table(), "", *level_table()]) + "\n")
+    fill(ROOT / "src/lrqdit/demo_model/README.md", "share", caption_sentence())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""Write the golden checkpoints of the current format version; run once per version, never again for an old one.
+
+    python tests/golden/make.py
+
+Each folder holds a checkpoint and ``expected.safetensors``: an input, and the output of the model that was saved.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import lrqdit
+from lrqdit.checkpoint import FORMAT_VERSION
+
+FOLDER = Path(__file__).parent
+VARIANTS = {
+    "w4a8": {},
+    "w3a4": {"rotation": "hadamard", "smoothing": "always"},
+    "w2a8": {"rotation": "outlier", "rounding": "nearest", "table_scope": "row", "keep_bits": 16},
+}
+
+
+class Block(nn.Module):
+    """Three layers that share an input, one without a bias, and one of odd width; beside them a layer that is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding_proj = nn.Linear(52, 96)
+        self.blocks = nn.ModuleList([nn.ModuleDict({
+            "q": nn.Linear(96, 40), "k": nn.Linear(96, 40), "v": nn.Linear(96, 33, bias=False), "out": nn.Linear(33, 96),
+        })])  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embedding_proj(x)
+        block = self.blocks[0]
+        mixed = torch.softmax(block["q"](x) @ block["k"](x).transpose(-1, -2), dim=-1) @ block["v"](x)
+        return x + block["out"](mixed)
+
+
+def main() -> None:
+    for preset, settings in VARIANTS.items():
+        folder = FOLDER / f"v{FORMAT_VERSION}" / preset
+        if folder.exists():
+            sys.exit(f"{folder} exists; a golden checkpoint is never rewritten")
+        torch.manual_seed(7)
+        model, x = Block(), torch.randn(24, 52)
+        lrqdit.quantize(model, preset, forward_loop=lambda m, x=x: m(x), show_progress=False, **settings)
+        lrqdit.save_checkpoint(model, folder)
+        with torch.no_grad():
+            save_file({"x": x, "y": model(x)}, folder / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    main()
