@@ -1,4 +1,4 @@
-"""The format, read a second time from docs/FORMAT.md alone: this reader shares no code with the package but the matrices."""
+"""The format, read a second time from docs/FORMAT.md alone: of the package, this reader uses only the matrices."""
 
 import json
 from pathlib import Path

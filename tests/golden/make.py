@@ -29,9 +29,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding_proj = nn.Linear(52, 96)
-        self.blocks = nn.ModuleList([nn.ModuleDict({
-            "q": nn.Linear(96, 40), "k": nn.Linear(96, 40), "v": nn.Linear(96, 33, bias=False), "out": nn.Linear(33, 96),
-        })])  # fmt: skip
+        q, k, v, out = nn.Linear(96, 40), nn.Linear(96, 40), nn.Linear(96, 33, bias=False), nn.Linear(33, 96)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"q": q, "k": k, "v": v, "out": out})])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embedding_proj(x)
