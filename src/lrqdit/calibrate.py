@@ -51,19 +51,31 @@ class ActivationStats:
         self._sample(x)
 
     def _sample(self, x: Tensor) -> None:
-        """Reservoir sampling by random priorities: the tokens with the largest ones so far stay."""
+        """Reservoir sampling by random priorities: the tokens with the largest ones so far stay, in place."""
         generator = torch.Generator()
         generator.set_state(self._generator_state)
         priorities = torch.rand(len(x), generator=generator)
         self._generator_state = generator.get_state()
-        chosen = priorities.topk(min(self._reservoir_size, len(x))).indices.sort().values
-        tokens = x[chosen.to(x.device)].cpu()
-        merged = torch.cat([self._priorities, priorities[chosen]])
-        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens])
-        if len(merged) > self._reservoir_size:
-            kept = merged.topk(self._reservoir_size).indices.sort().values
-            merged, self.tokens = merged[kept], self.tokens[kept]
-        self._priorities = merged
+        if self.tokens is None:
+            self.tokens = x.new_empty((0, x.shape[1]), device="cpu")
+        room = self._reservoir_size - len(self.tokens)
+        is_chosen = torch.zeros(len(x), dtype=torch.bool)
+        is_chosen[priorities.topk(min(self._reservoir_size, len(x))).indices] = True
+        if room == 0:
+            is_chosen &= priorities > self._priorities.min()
+        chosen = is_chosen.nonzero()[:, 0]
+        added, chosen = chosen[:room], chosen[room:]
+        if len(added):
+            self.tokens = torch.cat([self.tokens, x[added.to(x.device)].cpu()])
+            self._priorities = torch.cat([self._priorities, priorities[added]])
+        if len(chosen):
+            kept = torch.cat([self._priorities, priorities[chosen]]).topk(self._reservoir_size).indices
+            is_kept = torch.zeros(len(self._priorities) + len(chosen), dtype=torch.bool)
+            is_kept[kept] = True
+            replaced = (~is_kept[: len(self._priorities)]).nonzero()[:, 0]
+            chosen = chosen[is_kept[len(self._priorities) :]]
+            self.tokens[replaced] = x[chosen.to(x.device)].cpu()
+            self._priorities[replaced] = priorities[chosen]
 
     @property
     def rms(self) -> float:

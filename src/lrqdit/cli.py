@@ -253,7 +253,11 @@ def demo(
         results = demo_module.run_demo(out, bits or demo_module.PRESETS)
     if as_json:
         return typer.echo(json.dumps(results))
-    Console().print(report.build_table(results["rows"], demo_module.COLUMNS))
+    rows = [
+        {**row, "before": f"{row['bytes_before'] / 1e6:.1f} MB", "after": f"{row['bytes_after'] / 1e6:.1f} MB"}
+        for row in results["rows"]
+    ]
+    Console().print(report.build_table(rows, demo_module.COLUMNS))
     typer.echo(f"written to {out}: comparison.png, results.json, and a loadable pipeline per preset")
 
 

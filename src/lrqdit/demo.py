@@ -46,7 +46,7 @@ SHOWN_PROMPTS = (
     "airplane",
     "hot beverage",
 )
-COLUMNS = ("preset", "true_bits", "bytes_before", "bytes_after", "psnr", "ssim", "latent_error", "seconds")
+COLUMNS = ("preset", "true_bits", "before", "after", "psnr", "ssim", "latent_error", "seconds")
 
 
 def run_demo(
