@@ -3,6 +3,7 @@
 For 64 fixed captions (evenly spaced over the 613 emoji the model was trained on) the generated picture's nearest
 neighbour among all 1,911 Noto emoji, by squared distance at 32 px, must be the captioned one, or one of its Unicode
 subcategory. Prints the share for the original and for every preset named, then JSON.
+Three of the 64 are also among the eight calibration prompts.
 
     python benchmarks/bench_captions.py w4a8 w3a8 w4a4
     python benchmarks/bench_captions.py path/to/quantized-pipeline
