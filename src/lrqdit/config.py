@@ -7,8 +7,7 @@ quantized to 8. Two named modes set everything else:
 mode       what it is                                        settings
 ========== ================================================= ==========================================================
 ``auto``   the default: per layer, the rotation and          one table per layer, centring, fitted activation clip,
-           smoothing with the smallest measured error        error-compensated rounding where held-out tokens gain,
-                                                             8-bit storage of the layers kept out of the low-bit set
+           smoothing with the smallest measured error        8-bit storage of the layers kept out of the low-bit set
 ``paper``  LRQ-DiT as published (arXiv 2508.03485)           one table per row, smoothing 0.5, rotation by J >= 1,
                                                              no clip, no centring, kept layers untouched
 ========== ================================================= ==========================================================
@@ -31,14 +30,13 @@ MODES: dict[str, dict[str, Any]] = {
         "smoothing": "always",
         "is_centred": False,
         "is_clipped": False,
-        "rounding": "nearest",
         "keep_bits": 16,
     },
 }
 ROTATION_POLICIES = ("auto", "threshold", "none", "hadamard", "block_hadamard", "outlier")
 SMOOTHING_POLICIES = ("auto", "always", "never")
 TABLE_SCOPES = ("layer", "row")
-ROUNDING_POLICIES = ("auto", "nearest")
+ROUNDING_POLICIES = ("nearest", "compensated")
 _KINDS: dict[str, Any] = {
     "codebook": str,
     "rotation_threshold": (int, float),
@@ -68,7 +66,8 @@ class QuantizationConfig:
         smoothing_alpha: exponent of the weights in the smoothing vector.
         is_centred: subtract the calibrated channel mean and fold it into the bias.
         is_clipped: fit a clip ratio of the per-token absmax for each layer.
-        rounding: ``auto`` (GPTQ where it lowers a layer's error on held-out tokens) or ``nearest``.
+        rounding: ``nearest``, or ``compensated`` (GPTQ where it lowers a layer's error on held-out tokens; it needs many
+            more prompts than eight, see docs/LOG.md).
         keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).
         exclude: regular expressions of further layers to keep.
         calibration_tokens: size of the token reservoir of each layer input.
@@ -89,7 +88,7 @@ class QuantizationConfig:
     smoothing_alpha: float = 0.5
     is_centred: bool = True
     is_clipped: bool = True
-    rounding: str = "auto"
+    rounding: str = "nearest"
     keep_bits: int = 8
     exclude: tuple[str, ...] = ()
     calibration_tokens: int = 1024
