@@ -215,3 +215,17 @@ def test_keep_at_8_bits():
     y = layer(x)
     assert (kept(x) - y).norm() < 0.01 * y.norm()
     assert kept.format.table_rows == 0 and rotation.ROTATIONS
+
+
+def test_compensated_rounding_is_used_when_asked_for():
+    torch.manual_seed(0)
+    stats = ActivationStats(48, 512, seed=0)
+    stats.update(torch.randn(512, 6) @ torch.randn(6, 48))  # few directions: much to compensate
+    weight = torch.randn(32, 48)
+    config = QuantizationConfig.from_name("w3a8", rounding="compensated")
+    transform, report = choose_transform({"a": weight}, stats, config, 3, 8)
+    layer = quantize_linear("a", weight, None, transform, config, 3, 8, torch.float32, None, stats.tokens, report)
+    plain = quantize_linear("a", weight, None, transform, QuantizationConfig.from_name("w3a8"), 3, 8, torch.float32)
+    target = stats.tokens @ weight.T
+    assert report.rounding["a"]["gptq"] < 0.5
+    assert (layer(stats.tokens) - target).norm() < 0.7 * (plain(stats.tokens) - target).norm()

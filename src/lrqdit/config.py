@@ -66,8 +66,8 @@ class QuantizationConfig:
         smoothing_alpha: exponent of the weights in the smoothing vector.
         is_centred: subtract the calibrated channel mean and fold it into the bias.
         is_clipped: fit a clip ratio of the per-token absmax for each layer.
-        rounding: ``nearest``, or ``compensated`` (GPTQ where it lowers a layer's error on held-out tokens; it needs many
-            more prompts than eight, see docs/LOG.md).
+        rounding: ``nearest``, or ``compensated`` (GPTQ where it lowers a layer's error on held-out tokens; it overfits
+            eight prompts, see docs/LOG.md).
         keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).
         exclude: regular expressions of further layers to keep.
         calibration_tokens: size of the token reservoir of each layer input.

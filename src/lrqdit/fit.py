@@ -7,7 +7,7 @@ are folded and quantized, and the output error on reservoir tokens decides:
 
 relative to the part of the output that varies between tokens, so that a constant offset neither hides nor inflates it.
 The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows decides. Then each
-weight is rounded to the nearest levels, or (``compensate``) so that later columns make up for the error of earlier ones.
+weight is rounded to the nearest levels, or (``compensate``) so that later columns make up for earlier ones' errors.
 """
 
 import math
