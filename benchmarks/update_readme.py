@@ -32,7 +32,7 @@ def demo_table() -> list[str]:
     ]
     rows = read("demo")["rows"]
     lines.append(
-        f"| original | 16 | {rows[0]['bytes_before'] / 1e6:.1f} MB | - | - | - "
+        f"| original | float16 | {rows[0]['bytes_before'] / 1e6:.1f} MB | - | - | - "
         f"| {original['subcategory']:.0%} ({original['exact']:.0%}) |"
     )
     for row in rows:

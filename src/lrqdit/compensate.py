@@ -55,14 +55,14 @@ def round_weight(
             energy = hessian.diagonal().mean()
             if not energy > 0:
                 continue
-            cross = fitted.T @ wanted
-            for moment in (hessian, cross):
-                moment.div_(energy).diagonal().add_(DAMPING)
+            hessian.div_(energy).diagonal().add_(DAMPING)
             factor = torch.linalg.cholesky(hessian)
             part = weight[:, columns]
             inverse = torch.cholesky_inverse(factor)
             targets = {"gptq": part}
             if activation_bits < 8:  # with more, V is W~ to rounding
+                cross = fitted.T @ wanted
+                cross.div_(energy).diagonal().add_(DAMPING)
                 targets["wiener"] = torch.cholesky_solve(cross @ part.double().T, factor).T.float()
             for kind, target in targets.items():
                 found = codes.setdefault(kind, codes["nearest"].clone())
