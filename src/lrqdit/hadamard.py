@@ -15,11 +15,15 @@ from lrqdit.errors import RotationError
 
 MAX_HADAMARD_FACTOR = 512
 MAX_DCT_FACTOR = 2048
-# With more than two threads so do those of a product whose width is not a multiple of this.
+# Additions per element of a fast butterfly; a power of two takes its logarithm, any other order itself.
+BUTTERFLY_COST = {12: 5, 20: 7, 28: 9}
+PASS_COST = 2  # one pass over a row in cache, in additions
+MAX_POWER_FACTOR = 64  # larger powers of two are split: a butterfly takes them as one, matrix products as small ones
+# As matrix products (torch, one core, widths 1152 to 4608) one pass costs as much as about 96 multiply-adds per
+# element: 12 x 96 is several times as fast as 12 x 12 x 8.
+PRODUCT_PASS_COST = 96
+# With more than two threads the bits of a product whose width is not a multiple of this depend on their number.
 EVEN_WIDTH = 16
-# One pass over the activations costs as much as about 96 multiply-adds per element (one core, float32, widths 1152 to
-# 4608): 1152 = 36·32 is 2.5 times as fast as 12·12·8, and 4608 = 72·64 as fast as 24·12·16.
-PASS_COST = 96
 
 # First rows of four circulants, most significant bit first, 1 for +1 and 0 for -1. Their power spectra add up to the
 # order at every frequency; those of 92, 116 and 172 are symmetric (Williamson matrices). Found by search.
@@ -71,11 +75,12 @@ def kronecker_factors(in_features: int) -> tuple[int, ...]:
     """Split a width into the orders of the small matrices whose Kronecker product is the `hadamard` rotation.
 
     A positive factor is the order of a Hadamard matrix, a negative factor -m an orthonormal DCT-II of order m.
-    Hadamard factors alone are taken where they exist, at the least cost, about Σ (order + PASS_COST). Elsewhere the
-    largest divisor that has them is joined with one DCT factor for the rest, so that every output still mixes every
-    input. If the rest is above MAX_DCT_FACTOR, the product of the factors is k < in_features, the nearest multiple of
-    64 below with Hadamard factors: the rotation is then two overlapping ones, of the first k and the last k channels
-    (less even than a full one: 4-bit error about that of the outlier rotation).
+    Hadamard factors alone are taken where they exist, at the least cost of fast butterflies: 1152 = 12·12·8, 4608 =
+    12·12·32. (Matrix products prefer fewer and larger factors and may merge adjacent ones.) Elsewhere the largest
+    divisor that has them is joined with one DCT factor for the rest, so that every output still mixes every input. If
+    the rest is above MAX_DCT_FACTOR, the product of the factors is k < in_features, the nearest multiple of 64 below
+    with Hadamard factors: the rotation is then two overlapping ones, of the first k and the last k channels (less even
+    than a full one: 4-bit error about that of the outlier rotation).
 
     Args:
         in_features: the width, at least 1.
@@ -108,6 +113,26 @@ def factor_matrix(factor: int, device: torch.device) -> Tensor:
         matrix[:, 0] = math.sqrt(1 / order)
     with torch.inference_mode(False):  # the cache outlives the caller's mode
         return torch.from_numpy(matrix.astype(np.float32)).to(device)
+
+
+@functools.cache
+def kronecker_matrix(factors: tuple[int, ...], device: torch.device) -> Tensor:
+    """The Kronecker product of the factors' matrices, orthogonal float32."""
+    with torch.inference_mode(False):
+        return functools.reduce(torch.kron, [factor_matrix(factor, device) for factor in factors])
+
+
+@functools.cache
+def merge_factors(factors: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Adjacent factors joined into the groups whose matrix products, one after the other, cost the least."""
+    if len(factors) < 2:
+        return (factors,) if factors else ()
+
+    def cost(groups: tuple[tuple[int, ...], ...]) -> int:
+        orders = [math.prod(map(abs, group)) for group in groups]
+        return sum(orders) + PRODUCT_PASS_COST * len(orders) + EVEN_WIDTH * (orders[-1] % EVEN_WIDTH != 0)
+
+    return min(((factors[:size], *merge_factors(factors[size:])) for size in range(1, len(factors) + 1)), key=cost)
 
 
 @functools.cache
@@ -193,7 +218,8 @@ def _cheapest_hadamard_factors(width: int) -> tuple[int, ...] | None:
         return ()
     options = []
     for order in divisors(width)[1:]:
-        if order <= MAX_HADAMARD_FACTOR and has_hadamard_order(order):
+        is_split = order > MAX_POWER_FACTOR and order & (order - 1) == 0
+        if order <= MAX_HADAMARD_FACTOR and has_hadamard_order(order) and not is_split:
             rest = _cheapest_hadamard_factors(width // order)
             if rest is not None:
                 options.append(tuple(sorted((order, *rest), key=lambda o: (o & -o, -o))))
@@ -201,8 +227,11 @@ def _cheapest_hadamard_factors(width: int) -> tuple[int, ...] | None:
 
 
 def _pass_cost(orders: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    is_uneven = orders[-1] % EVEN_WIDTH != 0
-    return sum(orders) + PASS_COST * len(orders) + EVEN_WIDTH * is_uneven, orders
+    return sum(_butterfly_cost(order) + PASS_COST for order in orders), orders
+
+
+def _butterfly_cost(order: int) -> int:
+    return order.bit_length() - 1 if order & (order - 1) == 0 else BUTTERFLY_COST.get(order, order)
 
 
 def is_whole(value: object) -> bool:

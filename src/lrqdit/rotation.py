@@ -33,6 +33,8 @@ from lrqdit.hadamard import (
     has_hadamard_order,
     is_whole,
     kronecker_factors,
+    kronecker_matrix,
+    merge_factors,
 )
 
 MAX_BLOCK = 128
@@ -72,7 +74,7 @@ class Rotation:
 
         Returns:
             float32, the shape of x, on x's device. The same bits with one or two CPU threads, and with any
-            number where the last factor is a multiple of 16 (most transformer widths).
+            number where a multiple of 16 divides the width (most transformer widths).
 
         Raises:
             RotationError: if x is not floating point or its last dimension is not in_features.
@@ -341,12 +343,12 @@ def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool = False)
 
 def _multiply_kronecker(x: Tensor, factors: tuple[int, ...], is_inverse: bool = False) -> Tensor:
     shape, inner = x.shape, 1
-    for factor in reversed(factors):
-        matrix = factor_matrix(factor, x.device)
-        matrix = matrix.T if is_inverse else matrix
-        rows = x.numel() // (abs(factor) * inner)
-        x = _rotate_blocks(x, matrix) if inner == 1 else matrix.T @ x.reshape(rows, abs(factor), inner)
-        inner *= abs(factor)
+    for group in reversed(merge_factors(factors)):
+        matrix = kronecker_matrix(group, x.device)
+        matrix, order = matrix.T if is_inverse else matrix, len(matrix)
+        rows = x.numel() // (order * inner)
+        x = _rotate_blocks(x, matrix) if inner == 1 else matrix.T @ x.reshape(rows, order, inner)
+        inner *= order
     return x.reshape(shape)
 
 
