@@ -10,7 +10,7 @@ FLOORS = [
     {"errors", "config"},
     {"codebook", "hadamard", "rotation", "activation", "packing"},
     {"ops"},
-    {"linear"},
+    {"linear", "native"},
     {"models", "calibrate", "fit", "accounting", "checkpoint", "compensate"},
     {"diffusers_plugin", "inspection"},
     {"quantize", "pipelines"},

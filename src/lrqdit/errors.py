@@ -23,3 +23,7 @@ class RotationError(LrqditError, ValueError):
 
 class CheckpointError(LrqditError, ValueError):
     """A saved model is missing, truncated, of another format version, or belongs to another model."""
+
+
+class KernelError(LrqditError, RuntimeError):
+    """A native kernel cannot be loaded, chosen or run."""

@@ -67,20 +67,20 @@ def _transform(x, input_offset, input_scale, rotation, factors, block1, permutat
     return activation.InputTransform(parts, input_offset, input_scale).apply(x)
 
 
-def _quantize_tokens(
+def reference_quantize_tokens(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip
 ) -> tuple[Tensor, Tensor]:
     x = _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
     return activation.quantize_tokens(x.contiguous(), bits, clip)
 
 
-def _quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:
+def reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:
     weight = decode_weight(packed, table, codes.shape[1], row_scale.shape[0], bits)
     y = integer_matmul(codes, weight).float().mul_(row_scale).mul_(scale[:, None])
     return (y if bias is None else y.add_(bias)).to(out_dtype)
 
 
-def _weight_only_linear(
+def reference_weight_only_linear(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2,
     packed, table, row_scale, bias, bits, out_dtype,
 ) -> Tensor:  # fmt: skip
@@ -90,9 +90,9 @@ def _weight_only_linear(
     return (y if bias is None else y.add_(bias)).to(out_dtype)
 
 
-LIBRARY.impl("quantize_tokens", _quantize_tokens, "CompositeExplicitAutograd")
-LIBRARY.impl("quantized_linear", _quantized_linear, "CompositeExplicitAutograd")
-LIBRARY.impl("weight_only_linear", _weight_only_linear, "CompositeExplicitAutograd")
+LIBRARY.impl("quantize_tokens", reference_quantize_tokens, "CompositeExplicitAutograd")
+LIBRARY.impl("quantized_linear", reference_quantized_linear, "CompositeExplicitAutograd")
+LIBRARY.impl("weight_only_linear", reference_weight_only_linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lrqdit::quantize_tokens", lib=LIBRARY)

@@ -1,0 +1,18 @@
+// All kernels of one instruction set, LRQ_ISA; compiled once for each with its own flags.
+#include "product.h"
+#include "transform.h"
+
+#define LRQ_PASTE_(a, b) a##b
+#define LRQ_PASTE(a, b) LRQ_PASTE_(a, b)
+#define LRQ_STRING_(a) #a
+#define LRQ_STRING(a) LRQ_STRING_(a)
+
+namespace lrq {
+
+extern const Kernels LRQ_PASTE(LRQ_ISA, _kernels);
+const Kernels LRQ_PASTE(LRQ_ISA, _kernels) = {
+    LRQ_STRING(LRQ_ISA), LRQ_ISA::apply_transform, LRQ_ISA::quantize_tokens, LRQ_ISA::quantized_linear,
+    LRQ_ISA::weight_only_linear,
+};
+
+}  // namespace lrq

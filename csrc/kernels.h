@@ -1,0 +1,38 @@
+// What the files of one instruction set offer, and what they may use. They are compiled with flags that the running CPU
+// may lack, so they call nothing inline from the standard library: a linker could keep their copy for everybody.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "lrqdit.h"
+
+namespace lrq {
+
+struct Kernels {
+    const char *name;
+    void (*apply_transform)(const lrq_transform &, int threads, float *out);
+    void (*quantize_tokens)(const lrq_transform &, int bits, double clip, int threads, int8_t *codes, float *scale);
+    void (*quantized_linear)(const lrq_weight &, int64_t rows, const int8_t *codes, const float *scale, int out_type,
+                             int threads, void *out);
+    void (*weight_only_linear)(const lrq_weight &, int64_t rows, const float *x, int out_type, int threads, void *out);
+};
+
+// Runs task(context, i) for i in [0, tasks) on up to `threads` threads, handed out in order as threads become free.
+void run_parallel(int threads, int64_t tasks, void (*task)(void *context, int64_t index), void *context);
+
+// Memory of the calling thread, 64-byte aligned, kept between calls. Slots are independent; bytes is a minimum.
+// Throws std::bad_alloc, which run_parallel passes on.
+enum Slot { SLOT_SHARED, SLOT_PANEL, SLOT_ROWS, SLOT_SUMS, SLOT_PARTIAL, SLOT_COUNT };
+void *scratch(Slot slot, size_t bytes);
+
+// A number that no other call has had.
+uint64_t next_call();
+
+template <class Body> void parallel_for(int threads, int64_t tasks, Body &&body) {
+    run_parallel(
+        threads, tasks, [](void *context, int64_t index) { (*static_cast<Body *>(context))(index); },
+        static_cast<void *>(&body));
+}
+
+}  // namespace lrq

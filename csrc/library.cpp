@@ -1,0 +1,264 @@
+// The exported functions: arguments are checked here, then the best instruction set's kernel runs.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "kernels.h"
+
+namespace lrq {
+
+#define LRQ_DECLARE(isa) extern const Kernels isa##_kernels;
+#if defined(__x86_64__)
+LRQ_DECLARE(avx512vnni)
+LRQ_DECLARE(avxvnni)
+LRQ_DECLARE(avx2)
+#elif defined(__aarch64__)
+LRQ_DECLARE(neon)
+#endif
+LRQ_DECLARE(serial)
+
+namespace {
+
+thread_local std::string last_error;
+
+struct Isa {
+    const Kernels *kernels;
+    const char *missing;  // what this CPU lacks, empty if nothing
+};
+
+#if defined(__x86_64__)
+const char *missing_avx512vnni() {
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return "this CPU has no AVX-512 BW";
+    if (!__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return "this CPU has no AVX-512 VL";
+    return __builtin_cpu_supports("avx512vnni") ? "" : "this CPU has no AVX-512 VNNI";
+}
+
+const char *missing_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this CPU has no AVX2 with FMA";
+}
+
+const char *missing_avxvnni() {
+    if (*missing_avx2()) return missing_avx2();
+    unsigned a = 7, b = 0, c = 1, d = 0;  // leaf 7, subleaf 1: EAX bit 4
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return a >> 4 & 1 ? "" : "this CPU has no AVX-VNNI";
+}
+#endif
+
+const Isa *isas(int *count) {
+    static const Isa all[] = {
+#if defined(__x86_64__)
+        {&avx512vnni_kernels, missing_avx512vnni()},
+        {&avxvnni_kernels, missing_avxvnni()},
+        {&avx2_kernels, missing_avx2()},
+#elif defined(__aarch64__)
+        {&neon_kernels, ""},
+#endif
+        {&serial_kernels, ""},
+    };
+    *count = sizeof(all) / sizeof(*all);
+    return all;
+}
+
+std::atomic<const Kernels *> chosen{nullptr};
+
+const Kernels &kernels() {
+    const Kernels *found = chosen.load();
+    if (found) return *found;
+    int count;
+    const Isa *isa = isas(&count);
+    while (*isa->missing) ++isa;  // serial is always there
+    chosen.store(isa->kernels);
+    return *isa->kernels;
+}
+
+template <class Body> int guarded(Body &&body) {
+    try {
+        body();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        last_error = "out of memory";
+    } catch (const std::exception &error) {
+        last_error = error.what();
+    }
+    return 1;
+}
+
+void require(bool is_sound, const char *message) {
+    if (!is_sound) throw std::invalid_argument(message);
+}
+
+void check(const lrq_transform *t) {
+    require(t && (t->x || t->rows == 0), "transform: x is missing");
+    require(t->rows >= 0 && t->width > 0 && t->width < 1 << 24, "transform: rows or width out of range");
+    require(t->x_type >= LRQ_FLOAT32 && t->x_type <= LRQ_FLOAT16, "transform: unknown x_type");
+    require(t->rotation >= LRQ_NONE && t->rotation <= LRQ_OUTLIER, "transform: unknown rotation");
+    if (t->rotation == LRQ_NONE) return;
+    require(t->factor_count >= 0 && t->factor_count < 32, "transform: factor_count out of range");
+    int64_t covered = 1;
+    for (int64_t i = 0; i < t->factor_count; ++i) {
+        const int64_t order = t->factors[i] < 0 ? -t->factors[i] : t->factors[i];
+        require(order > 0 && order <= t->width, "transform: a factor is out of range");
+        covered *= order;
+        require(covered <= t->width, "transform: the factors exceed the width");
+    }
+    if (t->rotation == LRQ_HADAMARD) {
+        require(2 * covered >= t->width, "transform: the factors do not cover the width");
+        return;
+    }
+    require(t->factor_count == 1 && t->width % covered == 0, "transform: the block does not divide the width");
+    if (t->rotation == LRQ_OUTLIER) {
+        require(t->block1 && t->block2 && t->permutation, "transform: R1 P R2 lacks a part");
+        for (int64_t i = 0; i < t->width; ++i)
+            require(t->permutation[i] >= 0 && t->permutation[i] < t->width, "transform: the permutation is damaged");
+    }
+}
+
+void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, const void *out) {
+    require(w && w->packed && w->row_scale, "linear: the weight lacks a part");
+    require(rows >= 0 && ((x && out) || rows == 0), "linear: input or output is missing");
+    require(out_type >= LRQ_FLOAT32 && out_type <= LRQ_FLOAT16, "linear: unknown out_type");
+    require(w->bits == 2 || w->bits == 3 || w->bits == 4 || w->bits == 8, "linear: bits must be 2, 3, 4 or 8");
+    require(w->out_features > 0 && w->in_features > 0, "linear: features out of range");
+    require(w->in_features <= 1 << 17, "linear: more than 131072 input features overflow an int32");
+    require((w->table == nullptr) == (w->bits == 8), "linear: a table belongs to 2, 3 or 4 bits");
+    require(!w->table || w->table_rows == 1 || w->table_rows == w->out_features, "linear: the table has a wrong shape");
+}
+
+struct Buffer {
+    void *memory = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(memory); }
+};
+
+}  // namespace
+
+void *scratch(Slot slot, size_t bytes) {
+    thread_local Buffer buffers[SLOT_COUNT];
+    Buffer &buffer = buffers[slot];
+    if (buffer.size < bytes) {
+        std::free(buffer.memory);
+        buffer.size = 0;
+        bytes = (bytes + 4095) / 4096 * 4096;
+        buffer.memory = std::aligned_alloc(64, bytes);
+        if (!buffer.memory) throw std::bad_alloc();
+        std::memset(buffer.memory, 0, 64);
+        buffer.size = bytes;
+    }
+    return buffer.memory;
+}
+
+uint64_t next_call() {
+    static std::atomic<uint64_t> calls{0};
+    return ++calls;
+}
+
+void run_parallel(int threads, int64_t tasks, void (*task)(void *, int64_t), void *context) {
+    if (threads > tasks) threads = static_cast<int>(tasks);
+#ifdef _OPENMP
+    if (threads > 1) {
+        std::atomic<bool> has_failed{false};
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+        for (int64_t i = 0; i < tasks; ++i) {
+            try {
+                task(context, i);
+            } catch (const std::bad_alloc &) {
+                has_failed = true;
+            }
+        }
+        if (has_failed) throw std::bad_alloc();
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < tasks; ++i) task(context, i);
+}
+
+}  // namespace lrq
+
+using namespace lrq;
+
+int lrq_abi_version(void) { return LRQ_ABI_VERSION; }
+
+const char *lrq_last_error(void) { return last_error.c_str(); }
+
+int lrq_is_parallel(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int lrq_isa_count(void) {
+    int count;
+    isas(&count);
+    return count;
+}
+
+const char *lrq_isa_name(int index) {
+    int count;
+    const Isa *all = isas(&count);
+    return index >= 0 && index < count ? all[index].kernels->name : "";
+}
+
+const char *lrq_isa_missing(int index) {
+    int count;
+    const Isa *all = isas(&count);
+    return index >= 0 && index < count ? all[index].missing : "no such instruction set";
+}
+
+const char *lrq_isa(void) { return kernels().name; }
+
+int lrq_use_isa(const char *name) {
+    return guarded([&] {
+        int count;
+        const Isa *all = isas(&count);
+        for (int i = 0; i < count; ++i) {
+            if (std::string(all[i].kernels->name) != name) continue;
+            if (*all[i].missing) throw std::invalid_argument(std::string(name) + ": " + all[i].missing);
+            chosen.store(all[i].kernels);
+            return;
+        }
+        throw std::invalid_argument(std::string("unknown instruction set ") + name);
+    });
+}
+
+int lrq_apply_transform(const lrq_transform *transform, int threads, float *out) {
+    return guarded([&] {
+        check(transform);
+        if (transform->rows) kernels().apply_transform(*transform, threads, out);
+    });
+}
+
+int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, int threads, int8_t *codes,
+                        float *scale) {
+    return guarded([&] {
+        check(transform);
+        require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
+        if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, threads, codes, scale);
+    });
+}
+
+int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *codes, const float *scale, int out_type,
+                         int threads, void *out) {
+    return guarded([&] {
+        check(weight, rows, codes, out_type, out);
+        if (rows) kernels().quantized_linear(*weight, rows, codes, scale, out_type, threads, out);
+    });
+}
+
+int lrq_weight_only_linear(const lrq_weight *weight, int64_t rows, const float *x, int out_type, int threads,
+                           void *out) {
+    return guarded([&] {
+        check(weight, rows, x, out_type, out);
+        if (rows) kernels().weight_only_linear(*weight, rows, x, out_type, threads, out);
+    });
+}

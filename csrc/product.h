@@ -1,0 +1,336 @@
+// y = codes x weights, packed weights decoded into a panel that stays in cache while all tokens pass.
+//
+// Work is cut into (group of output channels) x (chunk of tokens). A thread decodes a group's panel once and reuses it
+// for the chunks of that group it is handed. Sums are int32 and exact in any order.
+#pragma once
+
+#include "decode.h"
+
+namespace lrq {
+namespace LRQ_ISA {
+
+constexpr int64_t BLOCK_CHANNELS = 16 * TILES;
+constexpr int64_t SPLIT_BLOCKS = 4;
+
+// y = sum * row_scale * scale + bias for `rows` tokens from `first` and the 16 channels from n; sums lie stride apart.
+template <class Value>
+LRQ_INLINE void finish(const lrq_weight &w, const Value *sums, int64_t stride, const float *scale, int64_t first,
+                       int64_t rows, int64_t n, int type, void *out) {
+    const int64_t count = least(16, w.out_features - n);
+    const f32x16 row_scale = load_as<LRQ_FLOAT32>(w.row_scale, n, count);
+    const f32x16 bias = w.bias ? load_as<LRQ_FLOAT32>(w.bias, n, count) : f32x16{};
+    with_type(type, [&](auto t) LRQ_LAMBDA {
+        for (int64_t i = 0; i < rows; ++i) {
+            f32x16 y;
+            if constexpr (sizeof(Value) == 4)
+                y = __builtin_convertvector(load<i32x16>(sums + i * stride), f32x16) * row_scale * splat(scale[i]);
+            else
+                y = sums[i * stride] * row_scale;
+            if (w.bias) y += bias;
+            const int64_t at = (first + i) * w.out_features + n;
+            count == 16 ? store_as<t>(out, at, y, 16) : store_as<t>(out, at, y, count);
+        }
+    });
+}
+
+// ROWS tokens (stride bytes apart) times T tiles of channels over `steps` steps -> sums (ROWS, 16 * T), on top of what is
+// there, or of one start per token.
+template <int ROWS, int T>
+inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
+                           const int32_t *starts, int32_t *sums) {
+    constexpr int V = T * 16 / LANES;
+    Sums acc[ROWS][V];
+    unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+        unroll<V>([&](auto v) LRQ_LAMBDA {
+            acc[m][v] = starts ? splat_sums(starts[m]) : load<Sums>(sums + (m * V + v) * LANES);
+        });
+    });
+    for (int64_t k = 0; k < steps; ++k) {
+        unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+            const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
+            unroll<V>([&](auto v) LRQ_LAMBDA { acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q); });
+        });
+        panel += V * LANES * STEP * ELEMENT;
+    }
+    unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+        unroll<V>([&](auto v) LRQ_LAMBDA { store(sums + (m * V + v) * LANES, acc[m][v]); });
+    });
+}
+
+template <int T>
+inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
+                          const int32_t *starts, int32_t *sums) {
+    switch (rows) {
+#define LRQ_CASE(R)                                                                              \
+    case R:                                                                                      \
+        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums); \
+        break;
+        LRQ_CASE(1)
+        LRQ_CASE(2)
+        LRQ_CASE(3)
+        LRQ_CASE(4)
+        LRQ_CASE(5)
+        LRQ_CASE(6)
+        LRQ_CASE(7)
+        LRQ_CASE(8)
+#undef LRQ_CASE
+    }
+}
+
+inline void multiply(int64_t tiles, int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens,
+                     int64_t stride, const int32_t *starts, int32_t *sums) {
+    switch (tiles) {
+        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums);
+        case 2:
+            if constexpr (TILES >= 2) multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums);
+            return;
+        default:
+            if constexpr (TILES >= 3) multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums);
+    }
+}
+
+LRQ_INLINE int32_t sum_codes(const int8_t *codes, int64_t count) {
+    int32_t total = 0;
+    int64_t k = 0;
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+    __m512i sums = _mm512_setzero_si512();
+    for (; k + 64 <= count; k += 64) sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + k));
+    total = _mm512_reduce_add_epi32(sums);
+#endif
+    for (; k < count; ++k) total += codes[k];
+    return total;
+}
+
+struct Shape {
+    int64_t rows, steps, blocks, group_blocks, groups, chunk, chunks, split_tiles, splits;
+};
+
+inline Shape shape_of(const lrq_weight &w, int64_t rows, int threads) {
+    Shape s;
+    const int64_t in_tiles = ceil_div(w.in_features, 16);
+    constexpr int64_t tile_bytes = BLOCK_CHANNELS * 16 * ELEMENT;  // of a block's panel per input tile
+    s.rows = rows;
+    s.steps = ceil_div(w.in_features, STEP);
+    s.blocks = ceil_div(w.out_features, BLOCK_CHANNELS);
+    s.group_blocks = PANEL_BYTES / (in_tiles * tile_bytes);
+    s.splits = 1;
+    if (s.group_blocks < 2) {  // part of the inputs at a time, so that a chunk of tokens serves several blocks
+        s.group_blocks = least(SPLIT_BLOCKS, s.blocks);
+        s.splits = ceil_div(s.group_blocks * in_tiles * tile_bytes, PANEL_BYTES);
+    }
+    s.split_tiles = ceil_div(in_tiles, s.splits);
+    if (rows <= 8 * TOKENS) s.group_blocks = least(s.group_blocks, ceil_div(s.blocks, 4 * threads));
+    s.groups = ceil_div(s.blocks, s.group_blocks);
+    s.group_blocks = ceil_div(s.blocks, s.groups);  // even
+    s.groups = ceil_div(s.blocks, s.group_blocks);
+    int64_t chunk = ceil_div(rows * s.groups, 16 * threads);
+    chunk = chunk < 64 ? 64 : chunk > 512 ? 512 : chunk;
+    s.chunk = least(round_up(chunk, TOKENS), rows);
+    s.chunks = ceil_div(rows, s.chunk);
+    return s;
+}
+
+// What a thread's panel holds; a call's number is never used again.
+struct PanelKey {
+    uint64_t call;
+    int64_t group, split;
+};
+
+inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
+                                    int out_type, int threads, void *out) {
+    const Shape s = shape_of(w, rows, threads);
+    const uint64_t call = next_call();
+    const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
+    // tokens are widened, or padded to whole steps, or moved off a stride that puts all of them into one set of the cache
+    const bool is_copied = ELEMENT != 1 || width % STEP || width % 4096 == 0;
+    const int64_t stride = is_copied ? round_up(s.steps * STEP * ELEMENT, 64) + 64 : width;
+    const int64_t steps_per_tile = 16 / STEP, block_bytes = s.split_tiles * BLOCK_CHANNELS * 16 * ELEMENT;
+    parallel_for(threads, s.groups * s.chunks, [&](int64_t task) {
+        const int64_t group = task / s.chunks, first = task % s.chunks * s.chunk;
+        const int64_t count = least(s.chunk, rows - first), first_block = group * s.group_blocks;
+        const int64_t blocks = least(s.group_blocks, s.blocks - first_block);
+        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + s.group_blocks * block_bytes));
+        PanelKey *key = reinterpret_cast<PanelKey *>(memory);
+        uint8_t *panel = memory + 64;
+        const uint8_t *tokens = reinterpret_cast<const uint8_t *>(codes + first * width);
+        if (is_copied) {
+            uint8_t *copy = static_cast<uint8_t *>(scratch(SLOT_ROWS, count * stride));
+            for (int64_t m = 0; m < count; ++m) {
+                const int8_t *from = codes + (first + m) * width;
+                __builtin_memset(copy + m * stride + stride - 128, 0, 128);
+                if constexpr (ELEMENT == 2) {
+                    int16_t *to = reinterpret_cast<int16_t *>(copy + m * stride);
+                    for (int64_t k = 0; k < width; ++k) to[k] = from[k];
+                } else {
+                    __builtin_memcpy(copy + m * stride, from, width);
+                }
+            }
+            tokens = copy;
+        }
+        int32_t *starts = static_cast<int32_t *>(scratch(SLOT_SUMS, sizeof(int32_t) * count));
+        for (int64_t m = 0; m < count; ++m)
+            starts[m] = IS_BIASED ? -128 * sum_codes(codes + (first + m) * width, width) : 0;
+        // partial sums are kept only where the panel covers a part of the inputs at a time
+        int32_t *partial = nullptr;
+        if (s.splits > 1)
+            partial = static_cast<int32_t *>(scratch(SLOT_PARTIAL, sizeof(int32_t) * count * blocks * BLOCK_CHANNELS));
+        for (int64_t split = 0; split < s.splits; ++split) {
+            const int64_t from = split * s.split_tiles, to = least(from + s.split_tiles, in_tiles);
+            if (key->call != call || key->group != group || key->split != split) {
+                for (int64_t b = 0; b < blocks; ++b) {
+                    const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
+                    for (int64_t t = 0; t < tiles; ++t)
+                        decode_panel(w, tile + t, from, to, panel + b * block_bytes, tiles * 16 / LANES, t * 16 / LANES);
+                }
+                *key = {call, group, split};
+            }
+            const int64_t first_step = from * steps_per_tile, steps = least(to * steps_per_tile, s.steps) - first_step;
+            for (int64_t m = 0; m < count; m += TOKENS) {
+                const int64_t block_rows = least(TOKENS, count - m);
+                for (int64_t b = 0; b < blocks; ++b) {
+                    const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
+                    const int64_t channels = 16 * tiles;
+                    alignas(64) int32_t local[TOKENS * BLOCK_CHANNELS];
+                    int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local;
+                    multiply(tiles, block_rows, panel + b * block_bytes, steps,
+                             tokens + m * stride + first_step * STEP * ELEMENT, stride,
+                             split == 0 ? starts + m : nullptr, sums);
+                    if (split < s.splits - 1) continue;
+                    for (int64_t n = 0; n < channels; n += 16)
+                        finish(w, sums + n, channels, scale + first + m, first + m, block_rows, 16 * tile + n, out_type,
+                               out);
+                }
+            }
+        }
+    });
+}
+
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+constexpr int64_t FEW = 4;
+
+// A few tokens: no panel. A lane keeps 16 inputs of one channel; the four words of a lane are added at the end.
+template <int ROWS, int BITS>
+inline void multiply_few(const lrq_weight &w, int64_t tile, const int8_t *codes, int64_t stride, const int32_t *starts,
+                         int32_t (*sums)[16]) {
+    const int64_t in_tiles = ceil_div(w.in_features, 16);
+    const uint8_t *packed = w.packed + tile * in_tiles * (32 * BITS);
+    Tables tables;
+    load_tables(w, tile, 128, tables);
+    __m512i wide[4], acc[ROWS][4];
+    gather_tables(tables, wide);
+    unroll<ROWS>([&](auto m) LRQ_LAMBDA { unroll<4>([&](auto p) LRQ_LAMBDA { acc[m][p] = _mm512_setzero_si512(); }); });
+    for (int64_t t = 0; t < in_tiles; ++t) {
+        __m512i v[4];
+        _mm_prefetch(reinterpret_cast<const char *>(packed + t * (32 * BITS) + 1024), _MM_HINT_T0);
+        decode_positions(packed + t * (32 * BITS), BITS, wide, v);
+        unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+            const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + m * stride + 16 * t)));
+            unroll<4>([&](auto p) LRQ_LAMBDA { acc[m][p] = _mm512_dpbusd_epi32(acc[m][p], v[p], q); });
+        });
+    }
+    unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+        const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[m][0], acc[m][1]), _mm512_unpackhi_epi32(acc[m][0], acc[m][1]));
+        const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[m][2], acc[m][3]), _mm512_unpackhi_epi32(acc[m][2], acc[m][3]));
+        const __m512i sum = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        _mm512_storeu_si512(sums[m], _mm512_add_epi32(sum, _mm512_set1_epi32(starts[m])));
+    });
+}
+
+template <int ROWS>
+inline void multiply_few_bits(const lrq_weight &w, int64_t tile, const int8_t *codes, int64_t stride,
+                              const int32_t *starts, int32_t (*sums)[16]) {
+    switch (w.bits) {
+        case 2: return multiply_few<ROWS, 2>(w, tile, codes, stride, starts, sums);
+        case 3: return multiply_few<ROWS, 3>(w, tile, codes, stride, starts, sums);
+        case 4: return multiply_few<ROWS, 4>(w, tile, codes, stride, starts, sums);
+        default: return multiply_few<ROWS, 8>(w, tile, codes, stride, starts, sums);
+    }
+}
+
+inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
+                                 int out_type, int threads, void *out) {
+    const int64_t width = w.in_features, stride = round_up(width, 16), out_tiles = ceil_div(w.out_features, 16);
+    int8_t *padded = static_cast<int8_t *>(scratch(SLOT_SHARED, FEW * stride));
+    int32_t starts[FEW];
+    for (int64_t m = 0; m < rows; ++m) {
+        __builtin_memset(padded + m * stride + stride - 16, 0, 16);
+        __builtin_memcpy(padded + m * stride, codes + m * width, width);
+        starts[m] = -128 * sum_codes(codes + m * width, width);
+    }
+    const int64_t per_task = ceil_div(out_tiles, 8 * threads);
+    parallel_for(threads, ceil_div(out_tiles, per_task), [&](int64_t task) {
+        for (int64_t tile = task * per_task; tile < least((task + 1) * per_task, out_tiles); ++tile) {
+            alignas(64) int32_t sums[FEW][16];
+            switch (rows) {
+                case 1: multiply_few_bits<1>(w, tile, padded, stride, starts, sums); break;
+                case 2: multiply_few_bits<2>(w, tile, padded, stride, starts, sums); break;
+                case 3: multiply_few_bits<3>(w, tile, padded, stride, starts, sums); break;
+                default: multiply_few_bits<4>(w, tile, padded, stride, starts, sums);
+            }
+            finish(w, sums[0], 16, scale, 0, rows, 16 * tile, out_type, out);
+        }
+    });
+}
+#endif
+
+inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale, int out_type,
+                             int threads, void *out) {
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+    if (rows <= FEW) return quantized_linear_few(w, rows, codes, scale, out_type, threads, out);
+#endif
+    quantized_linear_panels(w, rows, codes, scale, out_type, threads, out);
+}
+
+// The weight-only product: float32 tokens, weights decoded to float32, tile by tile in the order of the inputs.
+constexpr int64_t FLOAT_TOKENS = 8;
+
+template <int ROWS>
+inline void multiply_floats(const float *panel, int64_t width, const float *x, int64_t stride, f32x16 *sums) {
+    f32x16 acc[ROWS] = {};
+    for (int64_t k = 0; k < width; ++k) {
+        const f32x16 v = load<f32x16>(panel + 16 * k);
+        unroll<ROWS>([&](auto m) LRQ_LAMBDA { acc[m] = fma(v, splat(x[m * stride + k]), acc[m]); });
+    }
+    unroll<ROWS>([&](auto m) LRQ_LAMBDA { sums[m] = acc[m]; });
+}
+
+inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x, int out_type, int threads,
+                               void *out) {
+    const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
+    parallel_for(threads, out_tiles, [&](int64_t tile) {
+        const uint8_t *packed = w.packed + tile * in_tiles * 32 * w.bits;
+        Tables tables;
+        load_tables(w, tile, 0, tables);
+        int8_t levels[16][16];
+        float *panel = static_cast<float *>(scratch(SLOT_PANEL, sizeof(float) * 256 * in_tiles + 64));
+        __builtin_memset(panel, 0, sizeof(PanelKey));  // no panel of quantized_linear any more
+        for (int64_t t = 0; t < in_tiles; ++t) {
+            decode_tile(packed + t * 32 * w.bits, w.bits, tables, levels);
+            for (int k = 0; k < 16; ++k)
+                for (int n = 0; n < 16; ++n) panel[256 * t + 16 * k + n] = levels[n][k];
+        }
+        for (int64_t m = 0; m < rows; m += FLOAT_TOKENS) {
+            f32x16 sums[FLOAT_TOKENS];
+            const int64_t block = least(FLOAT_TOKENS, rows - m);
+            switch (block) {
+#define LRQ_CASE(R)                                                    \
+    case R:                                                            \
+        multiply_floats<R>(panel, width, x + m * width, width, sums); \
+        break;
+                LRQ_CASE(1)
+                LRQ_CASE(2)
+                LRQ_CASE(3)
+                LRQ_CASE(4)
+                LRQ_CASE(5)
+                LRQ_CASE(6)
+                LRQ_CASE(7)
+                LRQ_CASE(8)
+#undef LRQ_CASE
+            }
+            finish(w, sums, 1, nullptr, m, block, 16 * tile, out_type, out);
+        }
+    });
+}
+
+}  // namespace LRQ_ISA
+}  // namespace lrq

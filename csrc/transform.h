@@ -1,0 +1,463 @@
+// The prologue: centre, smooth, rotate, clip, round, token by token.
+//
+// A Kronecker product is applied factor by factor. Factor of order n with `inner` entries behind each index: n vectors
+// that lie `inner` apart go through one butterfly. Where the row ends in 8 or more powers of two a row is worked on by
+// itself, and its last 8 or 16 are mixed inside a register. Any other width takes 8 rows side by side: then every entry
+// is a vector, and no width is special.
+#pragma once
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace lrq {
+namespace LRQ_ISA {
+
+// Column j of Paley's matrix: bit i is set where entry (i, j) is -1.
+constexpr uint32_t SIGNS_12[12] = {0xffe, 0xb88, 0x712, 0xe24, 0xc4a, 0x896, 0x12e, 0x25c, 0x4b8, 0x970, 0x2e2, 0x5c4};
+constexpr uint32_t SIGNS_20[20] = {0xffffe, 0x9ea18, 0x3d432, 0x7a864, 0xf50c8, 0xea192, 0xd4326,
+                                   0xa864e, 0x50c9e, 0xa193c, 0x4327a, 0x864f4, 0x0c9ea, 0x193d4,
+                                   0x327a8, 0x64f50, 0xc9ea0, 0x93d42, 0x27a86, 0x4f50c};
+constexpr uint32_t SIGNS_28[28] = {
+    0xffffffe, 0xb5c8878, 0x6f13072, 0xdaa4474, 0xaec53c0, 0x7998790, 0xd722ba0, 0x76a920e, 0xcdc248e, 0xbb1490e,
+    0x910f2d6, 0x260e5bc, 0x488eb6a, 0x8a782ba, 0x30f21e6, 0x457435c, 0x5241dda, 0x8491f36, 0x2921eec, 0x1e5ae44,
+    0x1cb7898, 0x1d6d522, 0xf057628, 0xe43ccc2, 0xe86b914, 0x83bb548, 0x23e6e12, 0x43dd8a4};
+
+template <int N> constexpr uint32_t paley_column(int j) {
+    return N == 12 ? SIGNS_12[j] : N == 20 ? SIGNS_20[j] : SIGNS_28[j];
+}
+
+// N vectors get(i) -> put(j, vector). Order 12, 20 or 28: all signed sums of groups of G entries once (the method of four
+// Russians), then each output is N / G of them. Other N are powers of two.
+template <class V, int N, class Get, class Put> LRQ_INLINE void butterfly(Get &&get, Put &&put) {
+    V v[N];
+    unroll<N>([&](auto i) LRQ_LAMBDA { v[i] = get(i); });
+    if constexpr ((N & (N - 1)) == 0) {
+        butterfly_power<V, N>(v);
+        unroll<N>([&](auto i) LRQ_LAMBDA { put(i, v[i]); });
+    } else {
+        constexpr int G = N == 12 ? 3 : 4, HALF = 1 << (G - 1);
+        V sums[N / G][HALF];
+        unroll<N / G>([&](auto g) LRQ_LAMBDA {
+            const V *u = v + g * G;
+            V *s = sums[g];
+            const V plus = u[0] + u[1], minus = u[0] - u[1];
+            if constexpr (G == 3) {
+                s[0] = plus + u[2], s[1] = minus + u[2], s[2] = plus - u[2], s[3] = minus - u[2];
+            } else {
+                const V same = u[2] + u[3], other = u[2] - u[3];
+                s[0] = plus + same, s[1] = minus + same, s[2] = plus - other, s[3] = minus - other;
+                s[4] = plus + other, s[5] = minus + other, s[6] = plus - same, s[7] = minus - same;
+            }
+        });
+        unroll<N>([&](auto j) LRQ_LAMBDA {
+            V y = {};
+            unroll<N / G>([&](auto g) LRQ_LAMBDA {
+                constexpr uint32_t bits = paley_column<N>(j) >> (g * G) & (2 * HALF - 1);
+                constexpr bool is_negative = bits & 1;
+                constexpr uint32_t pattern = (is_negative ? ~bits & (2 * HALF - 1) : bits) >> 1;
+                if constexpr (g == 0)
+                    y = is_negative ? -sums[g][pattern] : sums[g][pattern];
+                else
+                    y = is_negative ? y - sums[g][pattern] : y + sums[g][pattern];
+            });
+            put(j, y);
+        });
+    }
+}
+
+// body(order as a compile-time constant) for an order that has a butterfly
+template <class Body> LRQ_INLINE void with_order(int64_t order, Body &&body) {
+    switch (order) {
+        case 2: return body(std::integral_constant<int, 2>{});
+        case 4: return body(std::integral_constant<int, 4>{});
+        case 8: return body(std::integral_constant<int, 8>{});
+        case 12: return body(std::integral_constant<int, 12>{});
+        case 20: return body(std::integral_constant<int, 20>{});
+        default: return body(std::integral_constant<int, 28>{});
+    }
+}
+
+struct Axis {
+    int64_t order, inner;
+    const float *matrix;  // nullptr for a butterfly
+};
+
+// One Kronecker product over `covered` entries of a row: its axes, innermost first, behind them what is mixed in registers:
+// `tail` neighbours in each of `tail_vectors` neighbouring vectors.
+struct Product {
+    Axis axes[64];
+    int count = 0;
+    int tail = 1, tail_vectors = 1;
+    int64_t covered = 1;
+    float norm = 1;  // of the butterflies
+};
+
+LRQ_INLINE bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
+
+// lanes: 1 for a row by itself, 8 for rows side by side.
+inline Product plan(const lrq_transform &t, int lanes) {
+    Product p;
+    int64_t inner = lanes, power = 1;
+    double butterflies = 1;
+    const auto add = [&](int64_t order, const float *matrix) {
+        p.axes[p.count++] = {order, inner, matrix};
+        inner *= order;
+    };
+    const auto add_power = [&](int64_t order) {
+        for (; order > 1; order /= least(order, 8)) add(least(order, 8), nullptr);
+    };
+    const auto close_power = [&] {  // neighbouring powers of two are one
+        if (lanes == 1 && inner == 1 && power >= 8) {
+            p.tail = power >= 16 ? 16 : 8;
+            power /= p.tail;
+            p.tail_vectors = static_cast<int>(least(power, 8));
+            power /= p.tail_vectors;
+            inner = p.tail * p.tail_vectors;
+        }
+        add_power(power);
+        power = 1;
+    };
+    for (int64_t i = t.factor_count - 1; i >= 0; --i) {
+        const int64_t order = t.factors[i];
+        p.covered *= order < 0 ? -order : order;
+        if (is_power_of_two(order)) {
+            power *= order;
+            butterflies *= static_cast<double>(order);
+            continue;
+        }
+        close_power();
+        const float *matrix = t.matrices ? t.matrices[i] : nullptr;
+        if (!matrix) butterflies *= static_cast<double>(order);
+        add(order < 0 ? -order : order, matrix);
+    }
+    close_power();
+    p.norm = static_cast<float>(1 / __builtin_sqrt(butterflies));
+    return p;
+}
+
+template <class V, int N> LRQ_INLINE void apply_butterflies(float *x, int64_t outer, int64_t inner) {
+    constexpr int lanes = sizeof(V) / 4;
+    for (int64_t o = 0; o < outer; ++o)
+        for (int64_t i = 0; i < inner; i += lanes) {
+            float *first = x + o * N * inner + i;
+            butterfly<V, N>([&](auto m) LRQ_LAMBDA { return load<V>(first + m * inner); },
+                            [&](auto m, V v) LRQ_LAMBDA { store(first + m * inner, v); });
+        }
+}
+
+// A dense orthogonal matrix: y[j] = sum_m x[m] matrix[m, j].
+inline void apply_matrix(float *x, int64_t outer, const Axis &axis) {
+    const int64_t order = axis.order, inner = axis.inner;
+    float *copy = static_cast<float *>(scratch(SLOT_PARTIAL, sizeof(float) * 16 * order));
+    for (int64_t o = 0; o < outer; ++o) {
+        for (int64_t i = 0; i < inner; i += 16) {
+            float *column = x + o * order * inner + i;
+            const bool is_half = inner - i < 16;
+            for (int64_t m = 0; m < order; ++m) {
+                f32x16 v = {};
+                __builtin_memcpy(&v, column + m * inner, is_half ? 32 : 64);
+                store(copy + 16 * m, v);
+            }
+            for (int64_t j = 0; j < order; j += 4) {
+                f32x16 y[4] = {};
+                const int64_t count = least(4, order - j);
+                if (count == 4) {
+                    for (int64_t m = 0; m < order; ++m) {
+                        const f32x16 v = load<f32x16>(copy + 16 * m);
+                        const float *row = axis.matrix + m * order + j;
+                        unroll<4>([&](auto c) LRQ_LAMBDA { y[c] = fma(v, splat(row[c]), y[c]); });
+                    }
+                } else {
+                    for (int64_t m = 0; m < order; ++m)
+                        for (int64_t c = 0; c < count; ++c)
+                            y[c] = fma(load<f32x16>(copy + 16 * m), splat(axis.matrix[m * order + j + c]), y[c]);
+                }
+                for (int64_t c = 0; c < count; ++c)
+                    __builtin_memcpy(column + (j + c) * inner, &y[c], is_half ? 32 : 64);
+            }
+        }
+    }
+}
+
+// The first `count` axes over x, the outermost first.
+inline void apply_axes(float *x, const Product &p, int count, int64_t floats) {
+    for (int a = count - 1; a >= 0; --a) {
+        const Axis &axis = p.axes[a];
+        const int64_t inner = axis.inner, outer = floats / (axis.order * inner);
+        if (axis.matrix)
+            apply_matrix(x, outer, axis);
+        else
+            with_order(axis.order, [&](auto n) LRQ_LAMBDA {
+                inner % 16 ? apply_butterflies<f32x8, n>(x, outer, inner) : apply_butterflies<f32x16, n>(x, outer, inner);
+            });
+    }
+}
+
+template <int TAIL> LRQ_INLINE f32x16 mix_register(f32x16 v) {
+    constexpr float n = -1;
+    v = fma(v, (f32x16){1, n, 1, n, 1, n, 1, n, 1, n, 1, n, 1, n, 1, n},
+            LRQ_SHUFFLE16(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    v = fma(v, (f32x16){1, 1, n, n, 1, 1, n, n, 1, 1, n, n, 1, 1, n, n},
+            LRQ_SHUFFLE16(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = fma(v, (f32x16){1, 1, 1, 1, n, n, n, n, 1, 1, 1, 1, n, n, n, n},
+            LRQ_SHUFFLE16(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    if constexpr (TAIL == 16)
+        v = fma(v, (f32x16){1, 1, 1, 1, 1, 1, 1, 1, n, n, n, n, n, n, n, n},
+                LRQ_SHUFFLE16(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    return v;
+}
+
+// A transform made ready for one call.
+struct Ready {
+    const lrq_transform *t;
+    bool is_side_by_side;
+    int64_t padded;               // width rounded up to 16
+    const float *offset, *scale;  // (padded), or both nullptr
+    bool is_whole;                // the product covers the row, else two of them overlap
+    Product product;
+    const float *block1, *block2; // (block, block rounded up to 16)
+};
+
+inline const float *pad_block(float *&memory, const float *block, int64_t order) {
+    const int64_t padded = round_up(order, 16);
+    float *out = memory;
+    memory += order * padded;
+    for (int64_t i = 0; i < order; ++i)
+        for (int64_t j = 0; j < padded; ++j) out[i * padded + j] = j < order ? block[i * order + j] : 0;
+    return out;
+}
+
+// Sub-rows (order) of x times the block -> y; both contiguous, y has room for 16 more.
+inline void multiply_blocks(const float *x, float *y, int64_t rows, int64_t order, const float *block) {
+    const int64_t padded = round_up(order, 16);
+    for (int64_t j = 0; j < padded; j += 32) {
+        const bool has_two = j + 16 < padded;
+        for (int64_t r = 0; r < rows; r += 4) {
+            const int64_t count = least(4, rows - r);
+            f32x16 sums[4][2] = {};
+            const float *rows_of[4];
+            for (int i = 0; i < 4; ++i) rows_of[i] = x + (r + least(i, count - 1)) * order;
+            for (int64_t k = 0; k < order; ++k) {
+                const f32x16 b0 = load<f32x16>(block + k * padded + j);
+                const f32x16 b1 = has_two ? load<f32x16>(block + k * padded + j + 16) : b0;
+                unroll<4>([&](auto i) LRQ_LAMBDA {
+                    const f32x16 v = splat(rows_of[i][k]);
+                    sums[i][0] = fma(v, b0, sums[i][0]);
+                    sums[i][1] = fma(v, b1, sums[i][1]);
+                });
+            }
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t part = 0; part < (has_two ? 2 : 1); ++part) {
+                    const int64_t start = j + 16 * part;
+                    __builtin_memcpy(y + (r + i) * order + start, &sums[i][part], 4 * least(16, order - start));
+                }
+        }
+    }
+}
+
+inline Ready make_ready(const lrq_transform &t) {
+    Ready r{};
+    r.t = &t;
+    r.padded = round_up(t.width, 16);
+    const int64_t order = t.rotation == LRQ_OUTLIER ? t.factors[0] : 0;
+    const int64_t floats = 2 * r.padded + 2 * order * round_up(order, 16);
+    float *memory = static_cast<float *>(scratch(SLOT_SHARED, sizeof(float) * floats));
+    if (t.rotation == LRQ_HADAMARD || t.rotation == LRQ_BLOCK_HADAMARD) {
+        r.product = plan(t, 1);
+        // One product over the whole row, or a Hadamard matrix in each block, which is the same with outer copies.
+        r.is_whole = t.rotation == LRQ_BLOCK_HADAMARD || r.product.covered == t.width;
+        r.is_side_by_side = !r.is_whole || r.product.tail == 1 || t.width % 16;
+        if (r.is_side_by_side) r.product = plan(t, 8);
+    }
+    const float norm = r.is_whole ? r.product.norm : 1;
+    if (t.offset || t.scale || t.rotation == LRQ_HADAMARD || t.rotation == LRQ_BLOCK_HADAMARD) {
+        float *offset = memory, *scale = memory + r.padded;
+        memory += 2 * r.padded;
+        for (int64_t k = 0; k < t.width; k += 16) {
+            store(offset + k, t.offset ? load_as<LRQ_FLOAT16>(t.offset, k, t.width - k) : f32x16{});
+            store(scale + k, t.scale ? load_as<LRQ_FLOAT16>(t.scale, k, t.width - k) * norm : splat(norm));
+        }
+        r.offset = offset, r.scale = scale;
+    }
+    if (t.rotation == LRQ_OUTLIER) {
+        r.block1 = pad_block(memory, t.block1, order);
+        r.block2 = pad_block(memory, t.block2, order);
+    }
+    return r;
+}
+
+// ((x - offset) * scale) of one row -> float32 (padded), zeros behind the width.
+inline void load_row(const Ready &r, int64_t row, float *out) {
+    const int64_t width = r.t->width, whole = width / 16 * 16, start = row * width;
+    with_type(r.t->x_type, [&](auto type) LRQ_LAMBDA {
+        const auto load_at = [&](int64_t k, int64_t count) LRQ_LAMBDA {
+            return load_as<type>(r.t->x, start + k, count);
+        };
+        if (r.scale)
+            for (int64_t k = 0; k < whole; k += 16)
+                store(out + k, (load_at(k, 16) - load<f32x16>(r.offset + k)) * load<f32x16>(r.scale + k));
+        else
+            for (int64_t k = 0; k < whole; k += 16) store(out + k, load_at(k, 16));
+        if (whole == width) return;
+        f32x16 v = load_at(whole, width - whole);
+        if (r.scale) v = (v - load<f32x16>(r.offset + whole)) * load<f32x16>(r.scale + whole);
+        store(out + whole, v);
+        for (int64_t k = width; k < r.padded; ++k) out[k] = 0;
+    });
+}
+
+// load_row and the butterfly of the outermost axis in one pass.
+inline void load_row_through(const Ready &r, const Axis &axis, int64_t row, float *out) {
+    const int64_t inner = axis.inner, block = axis.order * inner;
+    with_type(r.t->x_type, [&](auto type) LRQ_LAMBDA {
+        with_order(axis.order, [&](auto n) LRQ_LAMBDA {
+            for (int64_t first = 0; first < r.t->width; first += block)
+                for (int64_t k = first; k < first + inner; k += 16)
+                    butterfly<f32x16, n>(
+                        [&](auto m) LRQ_LAMBDA {
+                            const int64_t at = k + m * inner;
+                            const f32x16 v = load_as<type>(r.t->x, row * r.t->width + at, 16);
+                            return (v - load<f32x16>(r.offset + at)) * load<f32x16>(r.scale + at);
+                        },
+                        [&](auto m, f32x16 v) LRQ_LAMBDA { store(out + k + m * inner, v); });
+        });
+    });
+}
+
+template <int TAIL, int VECTORS> LRQ_INLINE void mix_tail(float *x, int64_t width) {
+    for (int64_t k = 0; k < width; k += 16 * VECTORS) {
+        f32x16 v[VECTORS];
+        unroll<VECTORS>([&](auto i) LRQ_LAMBDA { v[i] = mix_register<TAIL>(load<f32x16>(x + k + 16 * i)); });
+        butterfly_power<f32x16, VECTORS>(v);
+        unroll<VECTORS>([&](auto i) LRQ_LAMBDA { store(x + k + 16 * i, v[i]); });
+    }
+}
+
+inline void mix_tail(float *x, int64_t width, const Product &p) {
+    if (p.tail == 8) return mix_tail<8, 1>(x, width);
+    switch (p.tail_vectors) {
+        case 1: return mix_tail<16, 1>(x, width);
+        case 2: return mix_tail<16, 2>(x, width);
+        case 4: return mix_tail<16, 4>(x, width);
+        default: return mix_tail<16, 8>(x, width);
+    }
+}
+
+// All of a rotated row that is worked on by itself.
+inline void rotate_row(const Ready &r, int64_t row, float *out) {
+    const Product &p = r.product;
+    int count = p.count;
+    const bool is_fused = count && !p.axes[count - 1].matrix && p.axes[count - 1].inner % 16 == 0;
+    if (is_fused)
+        load_row_through(r, p.axes[--count], row, out);
+    else
+        load_row(r, row, out);
+    apply_axes(out, p, count, r.t->width);
+    mix_tail(out, r.t->width, p);
+}
+
+// Rows side by side: rows (count, padded) -> (width, 8) -> products -> back.
+inline void rotate_side_by_side(const Ready &r, float *rows, int64_t count, float *columns) {
+    const int64_t width = r.t->width, covered = r.product.covered;
+    for (int64_t k = 0; k < width; ++k)
+        for (int64_t i = 0; i < 8; ++i) columns[8 * k + i] = i < count ? rows[i * r.padded + k] : 0;
+    if (r.is_whole) {
+        apply_axes(columns, r.product, r.product.count, 8 * width);
+    } else {
+        // Two overlapping products, with signs in between so that the second does not undo the first.
+        apply_axes(columns, r.product, r.product.count, 8 * covered);
+        for (int64_t k = 0; k < width; ++k) {
+            const float sign = (k * k * 40503 >> 15 & 1) ? -1.0f : 1.0f, norm = r.product.norm;
+            const float factor = sign * (k < covered ? norm : 1) * (k < width - covered ? 1 : norm);
+            for (int64_t i = 0; i < 8; ++i) columns[8 * k + i] *= factor;
+        }
+        apply_axes(columns + 8 * (width - covered), r.product, r.product.count, 8 * covered);
+    }
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t k = 0; k < width; ++k) rows[i * r.padded + k] = columns[8 * k + i];
+}
+
+constexpr int64_t ROWS_PER_TASK = 8;
+
+// Calls finish(row index, float32 row, zeros behind the width) for up to 8 transformed rows from `first`.
+template <class Finish> LRQ_INLINE void transform_rows(const Ready &r, int64_t first, int64_t count, Finish &&finish) {
+    const int64_t width = r.t->width;
+    const int64_t held = r.is_side_by_side ? ROWS_PER_TASK : 1;  // one row stays in the first cache
+    float *rows = static_cast<float *>(scratch(SLOT_ROWS, sizeof(float) * (2 * held * r.padded + 64)));
+    float *spare = rows + held * r.padded + 16;
+    if (r.is_side_by_side) {
+        for (int64_t i = 0; i < count; ++i) load_row(r, first + i, rows + i * r.padded);
+        rotate_side_by_side(r, rows, count, spare);
+        for (int64_t i = 0; i < count; ++i) finish(first + i, rows + i * r.padded);
+        return;
+    }
+    const int64_t row_bytes = width * (r.t->x_type == LRQ_FLOAT32 ? 4 : 2);
+    for (int64_t i = first; i < first + count; ++i) {
+        const char *next = static_cast<const char *>(r.t->x) + least(i + 1, r.t->rows - 1) * row_bytes;
+        for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(next + b, 0, 2);
+        if (r.t->rotation == LRQ_NONE) {
+            load_row(r, i, rows);
+        } else if (r.t->rotation == LRQ_OUTLIER) {
+            load_row(r, i, rows);
+            const int64_t order = r.t->factors[0];
+            multiply_blocks(rows, spare, width / order, order, r.block1);
+            for (int64_t k = 0; k < width; ++k) rows[k] = spare[r.t->permutation[k]];
+            multiply_blocks(rows, spare, width / order, order, r.block2);
+            __builtin_memcpy(rows, spare, sizeof(float) * width);
+        } else {
+            rotate_row(r, i, rows);
+        }
+        finish(i, rows);
+    }
+}
+
+inline void apply_transform(const lrq_transform &t, int threads, float *out) {
+    const Ready r = make_ready(t);
+    parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
+        const int64_t first = task * ROWS_PER_TASK;
+        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row) {
+            __builtin_memcpy(out + i * t.width, row, sizeof(float) * t.width);
+        });
+    });
+}
+
+// One row (zeros behind its width) -> codes and step. Magnitudes are compared as integers, in which NaN is the largest
+// and is kept.
+LRQ_INLINE float quantize_row(const float *row, int64_t width, int bits, float clip_over_largest, int8_t *codes) {
+    i32x16 largest = {};
+    for (int64_t k = 0; k < width; k += 16) largest = greater(largest, load<i32x16>(row + k) & 0x7fffffff);
+    int32_t top = 0;
+    for (int i = 0; i < 16; ++i) top = largest[i] > top ? largest[i] : top;
+    float absmax;
+    __builtin_memcpy(&absmax, &top, 4);
+    const float step = absmax * clip_over_largest;
+    const f32x16 inverse = splat(step > 1.17549435e-38f ? 1.0f / step : 0.0f);
+    const int32_t most = (1 << (bits - 1)) - 1;
+    const i32x16 high = most - (i32x16){}, low = -most - 1 - (i32x16){};
+    const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer, rounded half to even
+    const auto quantize = [&](int64_t k) LRQ_LAMBDA {
+        const i32x16 code = (i32x16)(load<f32x16>(row + k) * inverse + magic) - 0x4b400000;
+        return __builtin_convertvector(lesser(greater(code, low), high), i8x16);
+    };
+    int64_t k = 0;
+    for (; k + 16 <= width; k += 16) store(codes + k, quantize(k));
+    if (k < width) {
+        const i8x16 last = quantize(k);
+        __builtin_memcpy(codes + k, &last, width - k);
+    }
+    return step;
+}
+
+inline void quantize_tokens(const lrq_transform &t, int bits, double clip, int threads, int8_t *codes, float *scale) {
+    const Ready r = make_ready(t);
+    const float clip_over_largest = static_cast<float>(clip / ((1 << (bits - 1)) - 1));
+    parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
+        const int64_t first = task * ROWS_PER_TASK;
+        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row) {
+            scale[i] = quantize_row(row, t.width, bits, clip_over_largest, codes + i * t.width);
+        });
+    });
+}
+
+}  // namespace LRQ_ISA
+}  // namespace lrq
