@@ -11,8 +11,8 @@ namespace lrq {
 
 extern const Kernels LRQ_PASTE(LRQ_ISA, _kernels);
 const Kernels LRQ_PASTE(LRQ_ISA, _kernels) = {
-    LRQ_STRING(LRQ_ISA), LRQ_ISA::apply_transform, LRQ_ISA::quantize_tokens, LRQ_ISA::quantized_linear,
-    LRQ_ISA::weight_only_linear,
+    LRQ_STRING(LRQ_ISA),       LRQ_ISA::repeat_dots,      LRQ_ISA::apply_transform,
+    LRQ_ISA::quantize_tokens, LRQ_ISA::quantized_linear, LRQ_ISA::weight_only_linear,
 };
 
 }  // namespace lrq

@@ -231,6 +231,14 @@ int lrq_use_isa(const char *name) {
     });
 }
 
+int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operations) {
+    return guarded([&] {
+        std::atomic<int64_t> total{0};
+        parallel_for(threads, threads, [&](int64_t) { total += kernels().repeat_dots(iterations); });
+        *operations = total;
+    });
+}
+
 int lrq_apply_transform(const lrq_transform *transform, int threads, float *out) {
     return guarded([&] {
         check(transform);

@@ -60,6 +60,9 @@ LRQ_EXPORT const char *lrq_isa(void);
 LRQ_EXPORT int lrq_use_isa(const char *name);
 LRQ_EXPORT int lrq_is_parallel(void);
 
+/* Runs integer dot products on registers alone, on every thread; *operations is their number. For benchmarks. */
+LRQ_EXPORT int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operations);
+
 /* out: float32 (rows, width). */
 LRQ_EXPORT int lrq_apply_transform(const lrq_transform *transform, int threads, float *out);
 /* codes: int8 (rows, width); scale: float32 (rows). */

@@ -34,10 +34,10 @@ LRQ_INLINE void finish(const lrq_weight &w, const Value *sums, int64_t stride, c
 }
 
 // ROWS tokens (stride bytes apart) times T tiles of channels over `steps` steps -> sums (ROWS, 16 * T), on top of what is
-// there, or of one start per token.
+// there, or of one start per token. `next` is fetched into the second cache on the way, `advance` bytes per step.
 template <int ROWS, int T>
 inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
-                           const int32_t *starts, int32_t *sums) {
+                           const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t advance) {
     constexpr int V = T * 16 / LANES;
     Sums acc[ROWS][V];
     unroll<ROWS>([&](auto m) LRQ_LAMBDA {
@@ -46,6 +46,8 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
         });
     });
     for (int64_t k = 0; k < steps; ++k) {
+        __builtin_prefetch(next, 0, 2);
+        next += advance;
         unroll<ROWS>([&](auto m) LRQ_LAMBDA {
             const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
             unroll<V>([&](auto v) LRQ_LAMBDA { acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q); });
@@ -59,11 +61,11 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
 
 template <int T>
 inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
-                          const int32_t *starts, int32_t *sums) {
+                          const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t advance) {
     switch (rows) {
 #define LRQ_CASE(R)                                                                              \
     case R:                                                                                      \
-        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums); \
+        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, next, advance); \
         break;
         LRQ_CASE(1)
         LRQ_CASE(2)
@@ -78,14 +80,14 @@ inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, con
 }
 
 inline void multiply(int64_t tiles, int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens,
-                     int64_t stride, const int32_t *starts, int32_t *sums) {
+                     int64_t stride, const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t advance) {
     switch (tiles) {
-        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums);
+        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums, next, advance);
         case 2:
-            if constexpr (TILES >= 2) multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums);
+            if constexpr (TILES >= 2) multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums, next, advance);
             return;
         default:
-            if constexpr (TILES >= 3) multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums);
+            if constexpr (TILES >= 3) multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums, next, advance);
     }
 }
 
@@ -99,6 +101,17 @@ LRQ_INLINE int32_t sum_codes(const int8_t *codes, int64_t count) {
 #endif
     for (; k < count; ++k) total += codes[k];
     return total;
+}
+
+// count codes of a token -> steps_width elements of the dot product's type, zeros behind count.
+LRQ_INLINE void copy_token(const int8_t *from, int64_t count, int64_t steps_width, uint8_t *to) {
+    if constexpr (ELEMENT == 2) {
+        int16_t *wide = reinterpret_cast<int16_t *>(to);
+        for (int64_t k = 0; k < count; ++k) wide[k] = from[k];
+    } else {
+        __builtin_memcpy(to, from, count);
+    }
+    __builtin_memset(to + count * ELEMENT, 0, (steps_width - count) * ELEMENT);
 }
 
 struct Shape {
@@ -141,9 +154,10 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
     const Shape s = shape_of(w, rows, threads);
     const uint64_t call = next_call();
     const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
-    // tokens are widened, or padded to whole steps, or moved off a stride that puts all of them into one set of the cache
+    // a block of tokens is copied where it must be widened, padded to whole steps, or moved off a stride that puts all of
+    // it into one set of the cache
     const bool is_copied = ELEMENT != 1 || width % STEP || width % 4096 == 0;
-    const int64_t stride = is_copied ? round_up(s.steps * STEP * ELEMENT, 64) + 64 : width;
+    const int64_t copy_stride = s.split_tiles * 16 * ELEMENT + 64, stride = is_copied ? copy_stride : width;
     const int64_t steps_per_tile = 16 / STEP, block_bytes = s.split_tiles * BLOCK_CHANNELS * 16 * ELEMENT;
     parallel_for(threads, s.groups * s.chunks, [&](int64_t task) {
         const int64_t group = task / s.chunks, first = task % s.chunks * s.chunk;
@@ -152,24 +166,12 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
         uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + s.group_blocks * block_bytes));
         PanelKey *key = reinterpret_cast<PanelKey *>(memory);
         uint8_t *panel = memory + 64;
-        const uint8_t *tokens = reinterpret_cast<const uint8_t *>(codes + first * width);
-        if (is_copied) {
-            uint8_t *copy = static_cast<uint8_t *>(scratch(SLOT_ROWS, count * stride));
-            for (int64_t m = 0; m < count; ++m) {
-                const int8_t *from = codes + (first + m) * width;
-                __builtin_memset(copy + m * stride + stride - 128, 0, 128);
-                if constexpr (ELEMENT == 2) {
-                    int16_t *to = reinterpret_cast<int16_t *>(copy + m * stride);
-                    for (int64_t k = 0; k < width; ++k) to[k] = from[k];
-                } else {
-                    __builtin_memcpy(copy + m * stride, from, width);
-                }
-            }
-            tokens = copy;
-        }
+        const int8_t *tokens = codes + first * width;
+        uint8_t *copy = nullptr;
+        if (is_copied) copy = static_cast<uint8_t *>(scratch(SLOT_ROWS, TOKENS * copy_stride));
         int32_t *starts = static_cast<int32_t *>(scratch(SLOT_SUMS, sizeof(int32_t) * count));
         for (int64_t m = 0; m < count; ++m)
-            starts[m] = IS_BIASED ? -128 * sum_codes(codes + (first + m) * width, width) : 0;
+            starts[m] = IS_BIASED ? -128 * sum_codes(tokens + m * width, width) : 0;
         // partial sums are kept only where the panel covers a part of the inputs at a time
         int32_t *partial = nullptr;
         if (s.splits > 1)
@@ -184,17 +186,29 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                 }
                 *key = {call, group, split};
             }
-            const int64_t first_step = from * steps_per_tile, steps = least(to * steps_per_tile, s.steps) - first_step;
+            const int64_t steps = least(to * steps_per_tile, s.steps) - from * steps_per_tile;
             for (int64_t m = 0; m < count; m += TOKENS) {
                 const int64_t block_rows = least(TOKENS, count - m);
+                const int8_t *block = tokens + m * width + 16 * from;
+                const uint8_t *block_tokens = reinterpret_cast<const uint8_t *>(block);
+                if (is_copied) {
+                    for (int64_t i = 0; i < block_rows; ++i)
+                        copy_token(block + i * width, least(16 * to, width) - 16 * from, steps * STEP,
+                                   copy + i * copy_stride);
+                    block_tokens = copy;
+                }
+                // the next tokens' codes are fetched while this block's panels pass
+                const uint8_t *next = reinterpret_cast<const uint8_t *>(m + TOKENS < count ? block + TOKENS * width : block);
+                const int64_t advance = TOKENS * STEP / blocks;
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
                     const int64_t channels = 16 * tiles;
                     alignas(64) int32_t local[TOKENS * BLOCK_CHANNELS];
                     int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local;
                     multiply(tiles, block_rows, panel + b * block_bytes, steps,
-                             tokens + m * stride + first_step * STEP * ELEMENT, stride,
-                             split == 0 ? starts + m : nullptr, sums);
+                             block_tokens, stride,
+                             split == 0 ? starts + m : nullptr, sums, next, advance);
+                    next += advance * steps;
                     if (split < s.splits - 1) continue;
                     for (int64_t n = 0; n < channels; n += 16)
                         finish(w, sums + n, channels, scale + first + m, first + m, block_rows, 16 * tile + n, out_type,
@@ -272,6 +286,28 @@ inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t
     });
 }
 #endif
+
+// Dot products on registers alone; returns the number of operations. What the hardware can do at most.
+inline int64_t repeat_dots(int64_t iterations) {
+    Sums acc[TOKENS][VECTORS];
+    alignas(64) uint8_t weights[VECTORS * LANES * STEP * ELEMENT] = {};
+    unroll<TOKENS>([&](auto m) LRQ_LAMBDA { unroll<VECTORS>([&](auto v) LRQ_LAMBDA { acc[m][v] = splat_sums(m); }); });
+    for (int64_t i = 0; i < iterations; ++i) {
+        __asm__ volatile("" : : "r"(weights) : "memory");  // nothing is known about the weights: no step is skipped
+        unroll<TOKENS>([&](auto m) LRQ_LAMBDA {
+            unroll<VECTORS>([&](auto v) LRQ_LAMBDA {
+                acc[m][v] = dot(acc[m][v], weights + v * (LANES * STEP * ELEMENT), static_cast<int32_t>(i + m));
+            });
+        });
+    }
+    unroll<TOKENS>([&](auto m) LRQ_LAMBDA {
+        unroll<VECTORS>([&](auto v) LRQ_LAMBDA {
+            const Sums used = acc[m][v];
+            __asm__ volatile("" : : "m"(used));
+        });
+    });
+    return iterations * TOKENS * VECTORS * LANES * STEP * 2;
+}
 
 inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale, int out_type,
                              int threads, void *out) {

@@ -286,24 +286,29 @@ inline Ready make_ready(const lrq_transform &t) {
     return r;
 }
 
-// ((x - offset) * scale) of one row -> float32 (padded), zeros behind the width.
-inline void load_row(const Ready &r, int64_t row, float *out) {
-    const int64_t width = r.t->width, whole = width / 16 * 16, start = row * width;
+LRQ_INLINE i32x16 magnitude(f32x16 v) { return (i32x16)v & 0x7fffffff; }
+
+// ((x - offset) * scale) of one row -> float32 (padded), zeros behind the width. Returns the largest magnitudes as
+// integers, which order like the floats, with NaN above all.
+inline i32x16 load_row(const Ready &r, int64_t row, float *out) {
+    const int64_t width = r.t->width, start = row * width;
+    i32x16 largest = {};
     with_type(r.t->x_type, [&](auto type) LRQ_LAMBDA {
-        const auto load_at = [&](int64_t k, int64_t count) LRQ_LAMBDA {
-            return load_as<type>(r.t->x, start + k, count);
+        const auto move = [&](int64_t k, int64_t count, bool is_plain) LRQ_LAMBDA {
+            f32x16 v = load_as<type>(r.t->x, start + k, count);
+            if (!is_plain) v = (v - load<f32x16>(r.offset + k)) * load<f32x16>(r.scale + k);
+            for (int64_t i = count; i < 16; ++i) v[i] = 0;
+            largest = greater(largest, magnitude(v));
+            store(out + k, v);
         };
+        int64_t k = 0;
         if (r.scale)
-            for (int64_t k = 0; k < whole; k += 16)
-                store(out + k, (load_at(k, 16) - load<f32x16>(r.offset + k)) * load<f32x16>(r.scale + k));
+            for (; k + 16 <= width; k += 16) move(k, 16, false);
         else
-            for (int64_t k = 0; k < whole; k += 16) store(out + k, load_at(k, 16));
-        if (whole == width) return;
-        f32x16 v = load_at(whole, width - whole);
-        if (r.scale) v = (v - load<f32x16>(r.offset + whole)) * load<f32x16>(r.scale + whole);
-        store(out + whole, v);
-        for (int64_t k = width; k < r.padded; ++k) out[k] = 0;
+            for (; k + 16 <= width; k += 16) move(k, 16, true);
+        if (k < width) move(k, width - k, !r.scale);
     });
+    return largest;
 }
 
 // load_row and the butterfly of the outermost axis in one pass.
@@ -324,36 +329,41 @@ inline void load_row_through(const Ready &r, const Axis &axis, int64_t row, floa
     });
 }
 
-template <int TAIL, int VECTORS> LRQ_INLINE void mix_tail(float *x, int64_t width) {
+// The mix inside registers; returns the largest magnitudes. `next`, `bytes` an entry, is fetched into cache on the way.
+template <int TAIL, int VECTORS>
+LRQ_INLINE i32x16 mix_tail(float *x, int64_t width, const char *next, int64_t bytes) {
+    i32x16 largest = {};
     for (int64_t k = 0; k < width; k += 16 * VECTORS) {
+        for (int64_t b = 0; b < 16 * VECTORS * bytes; b += 64) __builtin_prefetch(next + k * bytes + b, 0, 2);
         f32x16 v[VECTORS];
         unroll<VECTORS>([&](auto i) LRQ_LAMBDA { v[i] = mix_register<TAIL>(load<f32x16>(x + k + 16 * i)); });
         butterfly_power<f32x16, VECTORS>(v);
-        unroll<VECTORS>([&](auto i) LRQ_LAMBDA { store(x + k + 16 * i, v[i]); });
+        unroll<VECTORS>([&](auto i) LRQ_LAMBDA {
+            largest = greater(largest, magnitude(v[i]));
+            store(x + k + 16 * i, v[i]);
+        });
     }
+    return largest;
 }
 
-inline void mix_tail(float *x, int64_t width, const Product &p) {
-    if (p.tail == 8) return mix_tail<8, 1>(x, width);
-    switch (p.tail_vectors) {
-        case 1: return mix_tail<16, 1>(x, width);
-        case 2: return mix_tail<16, 2>(x, width);
-        case 4: return mix_tail<16, 4>(x, width);
-        default: return mix_tail<16, 8>(x, width);
-    }
-}
-
-// All of a rotated row that is worked on by itself.
-inline void rotate_row(const Ready &r, int64_t row, float *out) {
+// All of a rotated row that is worked on by itself; returns the largest magnitudes.
+inline i32x16 rotate_row(const Ready &r, int64_t row, float *out) {
     const Product &p = r.product;
+    const int64_t width = r.t->width, bytes = r.t->x_type == LRQ_FLOAT32 ? 4 : 2;
+    const char *next = static_cast<const char *>(r.t->x) + least(row + 1, r.t->rows - 1) * width * bytes;
     int count = p.count;
-    const bool is_fused = count && !p.axes[count - 1].matrix && p.axes[count - 1].inner % 16 == 0;
-    if (is_fused)
+    if (count && !p.axes[count - 1].matrix && p.axes[count - 1].inner % 16 == 0)
         load_row_through(r, p.axes[--count], row, out);
     else
         load_row(r, row, out);
-    apply_axes(out, p, count, r.t->width);
-    mix_tail(out, r.t->width, p);
+    apply_axes(out, p, count, width);
+    if (p.tail == 8) return mix_tail<8, 1>(out, width, next, bytes);
+    switch (p.tail_vectors) {
+        case 1: return mix_tail<16, 1>(out, width, next, bytes);
+        case 2: return mix_tail<16, 2>(out, width, next, bytes);
+        case 4: return mix_tail<16, 4>(out, width, next, bytes);
+        default: return mix_tail<16, 8>(out, width, next, bytes);
+    }
 }
 
 // Rows side by side: rows (count, padded) -> (width, 8) -> products -> back.
@@ -379,7 +389,13 @@ inline void rotate_side_by_side(const Ready &r, float *rows, int64_t count, floa
 
 constexpr int64_t ROWS_PER_TASK = 8;
 
-// Calls finish(row index, float32 row, zeros behind the width) for up to 8 transformed rows from `first`.
+LRQ_INLINE i32x16 largest_of(const float *row, int64_t width) {
+    i32x16 largest = {};
+    for (int64_t k = 0; k < width; k += 16) largest = greater(largest, magnitude(load<f32x16>(row + k)));
+    return largest;
+}
+
+// Calls finish(row index, float32 row with zeros behind the width, its largest magnitudes) for up to 8 transformed rows.
 template <class Finish> LRQ_INLINE void transform_rows(const Ready &r, int64_t first, int64_t count, Finish &&finish) {
     const int64_t width = r.t->width;
     const int64_t held = r.is_side_by_side ? ROWS_PER_TASK : 1;  // one row stays in the first cache
@@ -388,26 +404,26 @@ template <class Finish> LRQ_INLINE void transform_rows(const Ready &r, int64_t f
     if (r.is_side_by_side) {
         for (int64_t i = 0; i < count; ++i) load_row(r, first + i, rows + i * r.padded);
         rotate_side_by_side(r, rows, count, spare);
-        for (int64_t i = 0; i < count; ++i) finish(first + i, rows + i * r.padded);
+        for (int64_t i = 0; i < count; ++i)
+            finish(first + i, rows + i * r.padded, largest_of(rows + i * r.padded, width));
         return;
     }
-    const int64_t row_bytes = width * (r.t->x_type == LRQ_FLOAT32 ? 4 : 2);
     for (int64_t i = first; i < first + count; ++i) {
-        const char *next = static_cast<const char *>(r.t->x) + least(i + 1, r.t->rows - 1) * row_bytes;
-        for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(next + b, 0, 2);
         if (r.t->rotation == LRQ_NONE) {
-            load_row(r, i, rows);
+            const i32x16 largest = load_row(r, i, rows);
+            finish(i, rows, largest);
         } else if (r.t->rotation == LRQ_OUTLIER) {
-            load_row(r, i, rows);
             const int64_t order = r.t->factors[0];
+            load_row(r, i, rows);
             multiply_blocks(rows, spare, width / order, order, r.block1);
             for (int64_t k = 0; k < width; ++k) rows[k] = spare[r.t->permutation[k]];
             multiply_blocks(rows, spare, width / order, order, r.block2);
             __builtin_memcpy(rows, spare, sizeof(float) * width);
+            finish(i, rows, largest_of(rows, width));
         } else {
-            rotate_row(r, i, rows);
+            const i32x16 largest = rotate_row(r, i, rows);
+            finish(i, rows, largest);
         }
-        finish(i, rows);
     }
 }
 
@@ -415,17 +431,15 @@ inline void apply_transform(const lrq_transform &t, int threads, float *out) {
     const Ready r = make_ready(t);
     parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
         const int64_t first = task * ROWS_PER_TASK;
-        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row) {
+        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, i32x16) {
             __builtin_memcpy(out + i * t.width, row, sizeof(float) * t.width);
         });
     });
 }
 
-// One row (zeros behind its width) -> codes and step. Magnitudes are compared as integers, in which NaN is the largest
-// and is kept.
-LRQ_INLINE float quantize_row(const float *row, int64_t width, int bits, float clip_over_largest, int8_t *codes) {
-    i32x16 largest = {};
-    for (int64_t k = 0; k < width; k += 16) largest = greater(largest, load<i32x16>(row + k) & 0x7fffffff);
+// One row (zeros behind its width) and its largest magnitudes -> codes and step.
+LRQ_INLINE float quantize_row(const float *row, i32x16 largest, int64_t width, int bits, float clip_over_largest,
+                              int8_t *codes) {
     int32_t top = 0;
     for (int i = 0; i < 16; ++i) top = largest[i] > top ? largest[i] : top;
     float absmax;
@@ -453,8 +467,8 @@ inline void quantize_tokens(const lrq_transform &t, int bits, double clip, int t
     const float clip_over_largest = static_cast<float>(clip / ((1 << (bits - 1)) - 1));
     parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
         const int64_t first = task * ROWS_PER_TASK;
-        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row) {
-            scale[i] = quantize_row(row, t.width, bits, clip_over_largest, codes + i * t.width);
+        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, i32x16 largest) {
+            scale[i] = quantize_row(row, largest, t.width, bits, clip_over_largest, codes + i * t.width);
         });
     });
 }

@@ -257,17 +257,18 @@ class QuantLinear(nn.Linear):
 
     def _forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
-        out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if not torch.is_autocast_enabled(kind):
+            return self._compute(x, x.dtype)
         # autocast would reach the float products inside the operators
         with torch.autocast(kind, enabled=False):
-            return self._compute(x, out_dtype)
+            return self._compute(x, torch.get_autocast_dtype(kind))
 
     def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         weight = (
-            self.packed,
+            self._buffers["packed"],
             self._buffers.get("table"),
-            self.row_scale,
-            self.bias,
+            self._float_view("row_scale_bits", torch.float32),
+            self._float_view("bias_bits", torch.float32),
             self.format.weight_bits,
             out_dtype,
         )
@@ -290,8 +291,16 @@ class QuantLinear(nn.Linear):
         return codes, scale
 
     def _input_arguments(self) -> tuple:
-        t, r = self.input_transform, self.input_transform.rotation
-        return t.input_offset, t.input_scale, r.kind, list(r.factors), r.block1, r.permutation, r.block2
+        """What the operators want to know of :attr:`input_transform`."""
+        return (
+            self._float_view("input_offset_bits", torch.float16),
+            self._float_view("input_scale_bits", torch.float16),
+            self.format.rotation,
+            self.format.factors,
+            self._float_view("block1_bits", torch.float32),
+            self._buffers.get("permutation"),
+            self._float_view("block2_bits", torch.float32),
+        )
 
     def extra_repr(self) -> str:
         f = self.format

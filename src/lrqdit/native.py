@@ -7,8 +7,10 @@ name of an instruction set (``avx512vnni``, ``avxvnni``, ``avx2``, ``neon``, ``s
 
 import ctypes
 import functools
+import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_isa": (ctypes.c_char_p, ()),
     "lrq_use_isa": (ctypes.c_int, (ctypes.c_char_p,)),
     "lrq_is_parallel": (ctypes.c_int, ()),
+    "lrq_repeat_dots": (ctypes.c_int, (ctypes.c_int64, ctypes.c_int, ctypes.POINTER(ctypes.c_int64))),
     "lrq_apply_transform": (ctypes.c_int, (ctypes.POINTER(_Transform), ctypes.c_int, _pointer)),
     "lrq_quantize_tokens": (
         ctypes.c_int,
@@ -226,6 +229,18 @@ def use(name: str) -> None:
     if LIBRARY is None:
         raise KernelError(f"{name}: {WHY_REFERENCE}")
     _check(LIBRARY.lrq_use_isa(name.encode()))
+
+
+def measure_peak(iterations: int = 1_000_000) -> float:
+    """Integer operations per second (a multiply and an add are two) of dot products on registers, on all threads."""
+    if LIBRARY is None:
+        raise KernelError(f"measure_peak: {WHY_REFERENCE}")
+    operations, best = ctypes.c_int64(), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        _check(LIBRARY.lrq_repeat_dots(iterations, torch.get_num_threads(), ctypes.byref(operations)))
+        best = min(best, time.perf_counter() - start)
+    return operations.value / best
 
 
 def describe() -> list[str]:

@@ -113,6 +113,6 @@ def _(
     return x.new_empty(x.shape[0], row_scale.shape[0], dtype=out_dtype)
 
 
-quantize_tokens = torch.ops.lrqdit.quantize_tokens
-quantized_linear = torch.ops.lrqdit.quantized_linear
-weight_only_linear = torch.ops.lrqdit.weight_only_linear
+quantize_tokens = torch.ops.lrqdit.quantize_tokens.default
+quantized_linear = torch.ops.lrqdit.quantized_linear.default
+weight_only_linear = torch.ops.lrqdit.weight_only_linear.default
