@@ -12,23 +12,24 @@ namespace LRQ_ISA {
 constexpr int64_t BLOCK_CHANNELS = 16 * TILES;
 constexpr int64_t SPLIT_BLOCKS = 4;
 
-// y = sum * row_scale * scale + bias for `rows` tokens from `first` and the 16 channels from n; sums lie stride apart.
+// y = sum * row_scale * scale + bias for `rows` tokens from `first` and WIDTH channels from n; sums lie stride apart.
 template <class Value>
 LRQ_INLINE void finish(const lrq_weight &w, const Value *sums, int64_t stride, const float *scale, int64_t first,
                        int64_t rows, int64_t n, int type, void *out) {
-    const int64_t count = least(16, w.out_features - n);
-    const f32x16 row_scale = load_as<LRQ_FLOAT32>(w.row_scale, n, count);
-    const f32x16 bias = w.bias ? load_as<LRQ_FLOAT32>(w.bias, n, count) : f32x16{};
+    if (n >= w.out_features) return;
+    const int64_t count = least(WIDTH, w.out_features - n);
+    const Floats row_scale = load_as<LRQ_FLOAT32>(w.row_scale, n, count);
+    const Floats bias = w.bias ? load_as<LRQ_FLOAT32>(w.bias, n, count) : Floats{};
     with_type(type, [&](auto t) LRQ_LAMBDA {
         for (int64_t i = 0; i < rows; ++i) {
-            f32x16 y;
-            if constexpr (sizeof(Value) == 4)
-                y = __builtin_convertvector(load<i32x16>(sums + i * stride), f32x16) * row_scale * splat(scale[i]);
+            Floats y;
+            if constexpr (std::is_same<Value, int32_t>::value)
+                y = __builtin_convertvector(load<Ints>(sums + i * stride), Floats) * row_scale * splat(scale[i]);
             else
-                y = sums[i * stride] * row_scale;
+                y = load<Floats>(sums + i * stride) * row_scale;
             if (w.bias) y += bias;
             const int64_t at = (first + i) * w.out_features + n;
-            count == 16 ? store_as<t>(out, at, y, 16) : store_as<t>(out, at, y, count);
+            count == WIDTH ? store_as<t>(out, at, y, WIDTH) : store_as<t>(out, at, y, count);
         }
     });
 }
@@ -210,7 +211,7 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                              split == 0 ? starts + m : nullptr, sums, next, advance);
                     next += advance * steps;
                     if (split < s.splits - 1) continue;
-                    for (int64_t n = 0; n < channels; n += 16)
+                    for (int64_t n = 0; n < channels; n += WIDTH)
                         finish(w, sums + n, channels, scale + first + m, first + m, block_rows, 16 * tile + n, out_type,
                                out);
                 }
@@ -317,17 +318,22 @@ inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *co
     quantized_linear_panels(w, rows, codes, scale, out_type, threads, out);
 }
 
-// The weight-only product: float32 tokens, weights decoded to float32, tile by tile in the order of the inputs.
-constexpr int64_t FLOAT_TOKENS = 8;
+// The weight-only product: float32 tokens, the weights of 16 channels decoded to float32, inputs in their order.
+constexpr int FLOAT_TOKENS = WIDTH == 16 ? 8 : 4, REGISTERS = 16 / WIDTH;
 
 template <int ROWS>
-inline void multiply_floats(const float *panel, int64_t width, const float *x, int64_t stride, f32x16 *sums) {
-    f32x16 acc[ROWS] = {};
-    for (int64_t k = 0; k < width; ++k) {
-        const f32x16 v = load<f32x16>(panel + 16 * k);
-        unroll<ROWS>([&](auto m) LRQ_LAMBDA { acc[m] = fma(v, splat(x[m * stride + k]), acc[m]); });
-    }
-    unroll<ROWS>([&](auto m) LRQ_LAMBDA { sums[m] = acc[m]; });
+inline void multiply_floats(const float *panel, int64_t width, const float *x, int64_t stride, float *sums) {
+    Floats acc[ROWS][REGISTERS] = {};
+    for (int64_t k = 0; k < width; ++k)
+        unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+            const Floats v = splat(x[m * stride + k]);
+            unroll<REGISTERS>([&](auto r) LRQ_LAMBDA {
+                acc[m][r] = fma(v, load<Floats>(panel + 16 * k + r * WIDTH), acc[m][r]);
+            });
+        });
+    unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+        unroll<REGISTERS>([&](auto r) LRQ_LAMBDA { store(sums + 16 * m + r * WIDTH, acc[m][r]); });
+    });
 }
 
 inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x, int out_type, int threads,
@@ -346,24 +352,21 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                 for (int n = 0; n < 16; ++n) panel[256 * t + 16 * k + n] = levels[n][k];
         }
         for (int64_t m = 0; m < rows; m += FLOAT_TOKENS) {
-            f32x16 sums[FLOAT_TOKENS];
+            alignas(64) float sums[16 * FLOAT_TOKENS];
             const int64_t block = least(FLOAT_TOKENS, rows - m);
+            const float *tokens = x + m * width;
             switch (block) {
-#define LRQ_CASE(R)                                                    \
-    case R:                                                            \
-        multiply_floats<R>(panel, width, x + m * width, width, sums); \
-        break;
-                LRQ_CASE(1)
-                LRQ_CASE(2)
-                LRQ_CASE(3)
-                LRQ_CASE(4)
-                LRQ_CASE(5)
-                LRQ_CASE(6)
-                LRQ_CASE(7)
-                LRQ_CASE(8)
-#undef LRQ_CASE
+                case 1: multiply_floats<1>(panel, width, tokens, width, sums); break;
+                case 2: multiply_floats<2>(panel, width, tokens, width, sums); break;
+                case 3: multiply_floats<3>(panel, width, tokens, width, sums); break;
+                case FLOAT_TOKENS: multiply_floats<FLOAT_TOKENS>(panel, width, tokens, width, sums); break;
+                default:  // 4 to 7 of 8
+                    multiply_floats<4>(panel, width, tokens, width, sums);
+                    for (int64_t i = 4; i < block; ++i)
+                        multiply_floats<1>(panel, width, tokens + i * width, width, sums + 16 * i);
             }
-            finish(w, sums, 1, nullptr, m, block, 16 * tile, out_type, out);
+            for (int64_t n = 0; n < 16; n += WIDTH)
+                finish(w, sums + n, 16, nullptr, m, block, 16 * tile + n, out_type, out);
         }
     });
 }

@@ -82,12 +82,14 @@ struct Axis {
     const float *matrix;  // nullptr for a butterfly
 };
 
-// One Kronecker product over `covered` entries of a row: its axes, innermost first, behind them what is mixed in registers:
-// `tail` neighbours in each of `tail_vectors` neighbouring vectors.
+constexpr int64_t MAX_TAIL = 128;
+
+// One Kronecker product over `covered` entries of a row: its axes, innermost first, and behind them `tail` neighbours that
+// one pass mixes in registers.
 struct Product {
     Axis axes[64];
     int count = 0;
-    int tail = 1, tail_vectors = 1;
+    int64_t tail = 1;
     int64_t covered = 1;
     float norm = 1;  // of the butterflies
 };
@@ -108,11 +110,9 @@ inline Product plan(const lrq_transform &t, int lanes) {
     };
     const auto close_power = [&] {  // neighbouring powers of two are one
         if (lanes == 1 && inner == 1 && power >= 8) {
-            p.tail = power >= 16 ? 16 : 8;
+            p.tail = least(power, MAX_TAIL);
+            inner = p.tail;
             power /= p.tail;
-            p.tail_vectors = static_cast<int>(least(power, 8));
-            power /= p.tail_vectors;
-            inner = p.tail * p.tail_vectors;
         }
         add_power(power);
         power = 1;
@@ -147,33 +147,25 @@ template <class V, int N> LRQ_INLINE void apply_butterflies(float *x, int64_t ou
 
 // A dense orthogonal matrix: y[j] = sum_m x[m] matrix[m, j].
 inline void apply_matrix(float *x, int64_t outer, const Axis &axis) {
+    constexpr int lanes = WIDTH < 8 ? WIDTH : 8;  // inner is a multiple of 8
     const int64_t order = axis.order, inner = axis.inner;
-    float *copy = static_cast<float *>(scratch(SLOT_PARTIAL, sizeof(float) * 16 * order));
+    float *copy = static_cast<float *>(scratch(SLOT_PARTIAL, sizeof(float) * (lanes * order + WIDTH)));
     for (int64_t o = 0; o < outer; ++o) {
-        for (int64_t i = 0; i < inner; i += 16) {
+        for (int64_t i = 0; i < inner; i += lanes) {
             float *column = x + o * order * inner + i;
-            const bool is_half = inner - i < 16;
-            for (int64_t m = 0; m < order; ++m) {
-                f32x16 v = {};
-                __builtin_memcpy(&v, column + m * inner, is_half ? 32 : 64);
-                store(copy + 16 * m, v);
-            }
+            for (int64_t m = 0; m < order; ++m) __builtin_memcpy(copy + lanes * m, column + m * inner, 4 * lanes);
             for (int64_t j = 0; j < order; j += 4) {
-                f32x16 y[4] = {};
+                Floats y[4] = {};
                 const int64_t count = least(4, order - j);
-                if (count == 4) {
-                    for (int64_t m = 0; m < order; ++m) {
-                        const f32x16 v = load<f32x16>(copy + 16 * m);
-                        const float *row = axis.matrix + m * order + j;
+                for (int64_t m = 0; m < order; ++m) {
+                    const Floats v = load<Floats>(copy + lanes * m);
+                    const float *row = axis.matrix + m * order + j;
+                    if (count == 4)
                         unroll<4>([&](auto c) LRQ_LAMBDA { y[c] = fma(v, splat(row[c]), y[c]); });
-                    }
-                } else {
-                    for (int64_t m = 0; m < order; ++m)
-                        for (int64_t c = 0; c < count; ++c)
-                            y[c] = fma(load<f32x16>(copy + 16 * m), splat(axis.matrix[m * order + j + c]), y[c]);
+                    else
+                        for (int64_t c = 0; c < count; ++c) y[c] = fma(v, splat(row[c]), y[c]);
                 }
-                for (int64_t c = 0; c < count; ++c)
-                    __builtin_memcpy(column + (j + c) * inner, &y[c], is_half ? 32 : 64);
+                for (int64_t c = 0; c < count; ++c) __builtin_memcpy(column + (j + c) * inner, &y[c], 4 * lanes);
             }
         }
     }
@@ -188,23 +180,43 @@ inline void apply_axes(float *x, const Product &p, int count, int64_t floats) {
             apply_matrix(x, outer, axis);
         else
             with_order(axis.order, [&](auto n) LRQ_LAMBDA {
-                inner % 16 ? apply_butterflies<f32x8, n>(x, outer, inner) : apply_butterflies<f32x16, n>(x, outer, inner);
+                if (inner % WIDTH)
+                    apply_butterflies<f32x8, n>(x, outer, inner);
+                else
+                    apply_butterflies<Floats, n>(x, outer, inner);
             });
     }
 }
 
-template <int TAIL> LRQ_INLINE f32x16 mix_register(f32x16 v) {
-    constexpr float n = -1;
-    v = fma(v, (f32x16){1, n, 1, n, 1, n, 1, n, 1, n, 1, n, 1, n, 1, n},
-            LRQ_SHUFFLE16(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-    v = fma(v, (f32x16){1, 1, n, n, 1, 1, n, n, 1, 1, n, n, 1, 1, n, n},
-            LRQ_SHUFFLE16(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    v = fma(v, (f32x16){1, 1, 1, 1, n, n, n, n, 1, 1, 1, 1, n, n, n, n},
-            LRQ_SHUFFLE16(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    if constexpr (TAIL == 16)
-        v = fma(v, (f32x16){1, 1, 1, 1, 1, 1, 1, 1, n, n, n, n, n, n, n, n},
-                LRQ_SHUFFLE16(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    return v;
+// One stage of the butterfly of neighbours inside a register: entries STRIDE apart.
+template <int STRIDE> LRQ_INLINE Floats mix_stage(Floats v) {
+#define LRQ_SIGN(i) ((i) & STRIDE ? -1.0f : 1.0f)
+#define LRQ_FOUR(at, i) at(i), at(i + 1), at(i + 2), at(i + 3)
+#define LRQ_OTHER(i) ((i) ^ STRIDE)
+#if defined(__AVX512F__)
+#define LRQ_ALL(at) LRQ_FOUR(at, 0), LRQ_FOUR(at, 4), LRQ_FOUR(at, 8), LRQ_FOUR(at, 12)
+#elif defined(__AVX2__)
+#define LRQ_ALL(at) LRQ_FOUR(at, 0), LRQ_FOUR(at, 4)
+#else
+#define LRQ_ALL(at) LRQ_FOUR(at, 0)
+#endif
+#if defined(__clang__)
+    const Floats other = __builtin_shufflevector(v, v, LRQ_ALL(LRQ_OTHER));
+#else
+    const Floats other = __builtin_shuffle(v, Ints{LRQ_ALL(LRQ_OTHER)});
+#endif
+    return fma(v, Floats{LRQ_ALL(LRQ_SIGN)}, other);
+#undef LRQ_ALL
+#undef LRQ_OTHER
+#undef LRQ_FOUR
+#undef LRQ_SIGN
+}
+
+template <int LIMIT, int STRIDE = 1> LRQ_INLINE Floats mix_register(Floats v) {
+    if constexpr (STRIDE < LIMIT)
+        return mix_register<LIMIT, 2 * STRIDE>(mix_stage<STRIDE>(v));
+    else
+        return v;
 }
 
 // A transform made ready for one call.
@@ -227,29 +239,28 @@ inline const float *pad_block(float *&memory, const float *block, int64_t order)
     return out;
 }
 
-// Sub-rows (order) of x times the block -> y; both contiguous, y has room for 16 more.
+// Sub-rows (order) of x times the block -> y; both contiguous.
 inline void multiply_blocks(const float *x, float *y, int64_t rows, int64_t order, const float *block) {
     const int64_t padded = round_up(order, 16);
-    for (int64_t j = 0; j < padded; j += 32) {
-        const bool has_two = j + 16 < padded;
+    for (int64_t j = 0; j < padded; j += 2 * WIDTH) {
+        const int64_t second = j + WIDTH < padded ? j + WIDTH : j;
         for (int64_t r = 0; r < rows; r += 4) {
             const int64_t count = least(4, rows - r);
-            f32x16 sums[4][2] = {};
+            Floats sums[4][2] = {};
             const float *rows_of[4];
             for (int i = 0; i < 4; ++i) rows_of[i] = x + (r + least(i, count - 1)) * order;
             for (int64_t k = 0; k < order; ++k) {
-                const f32x16 b0 = load<f32x16>(block + k * padded + j);
-                const f32x16 b1 = has_two ? load<f32x16>(block + k * padded + j + 16) : b0;
+                const Floats b0 = load<Floats>(block + k * padded + j), b1 = load<Floats>(block + k * padded + second);
                 unroll<4>([&](auto i) LRQ_LAMBDA {
-                    const f32x16 v = splat(rows_of[i][k]);
+                    const Floats v = splat(rows_of[i][k]);
                     sums[i][0] = fma(v, b0, sums[i][0]);
                     sums[i][1] = fma(v, b1, sums[i][1]);
                 });
             }
             for (int64_t i = 0; i < count; ++i)
-                for (int64_t part = 0; part < (has_two ? 2 : 1); ++part) {
-                    const int64_t start = j + 16 * part;
-                    __builtin_memcpy(y + (r + i) * order + start, &sums[i][part], 4 * least(16, order - start));
+                for (int64_t part = 0; part < 2; ++part) {
+                    const int64_t start = part ? second : j, room = order - start;
+                    if (room > 0) __builtin_memcpy(y + (r + i) * order + start, &sums[i][part], 4 * least(WIDTH, room));
                 }
         }
     }
@@ -273,8 +284,8 @@ inline Ready make_ready(const lrq_transform &t) {
     if (t.offset || t.scale || t.rotation == LRQ_HADAMARD || t.rotation == LRQ_BLOCK_HADAMARD) {
         float *offset = memory, *scale = memory + r.padded;
         memory += 2 * r.padded;
-        for (int64_t k = 0; k < t.width; k += 16) {
-            store(offset + k, t.offset ? load_as<LRQ_FLOAT16>(t.offset, k, t.width - k) : f32x16{});
+        for (int64_t k = 0; k < t.width; k += WIDTH) {
+            store(offset + k, t.offset ? load_as<LRQ_FLOAT16>(t.offset, k, t.width - k) : Floats{});
             store(scale + k, t.scale ? load_as<LRQ_FLOAT16>(t.scale, k, t.width - k) * norm : splat(norm));
         }
         r.offset = offset, r.scale = scale;
@@ -286,27 +297,28 @@ inline Ready make_ready(const lrq_transform &t) {
     return r;
 }
 
-LRQ_INLINE i32x16 magnitude(f32x16 v) { return (i32x16)v & 0x7fffffff; }
+LRQ_INLINE Ints magnitude(Floats v) { return (Ints)v & 0x7fffffff; }
 
 // ((x - offset) * scale) of one row -> float32 (padded), zeros behind the width. Returns the largest magnitudes as
 // integers, which order like the floats, with NaN above all.
-inline i32x16 load_row(const Ready &r, int64_t row, float *out) {
+inline Ints load_row(const Ready &r, int64_t row, float *out) {
     const int64_t width = r.t->width, start = row * width;
-    i32x16 largest = {};
+    Ints largest = {};
     with_type(r.t->x_type, [&](auto type) LRQ_LAMBDA {
         const auto move = [&](int64_t k, int64_t count, bool is_plain) LRQ_LAMBDA {
-            f32x16 v = load_as<type>(r.t->x, start + k, count);
-            if (!is_plain) v = (v - load<f32x16>(r.offset + k)) * load<f32x16>(r.scale + k);
-            for (int64_t i = count; i < 16; ++i) v[i] = 0;
+            Floats v = load_as<type>(r.t->x, start + k, count);
+            if (!is_plain) v = (v - load<Floats>(r.offset + k)) * load<Floats>(r.scale + k);
+            for (int64_t i = count; i < WIDTH; ++i) v[i] = 0;
             largest = greater(largest, magnitude(v));
             store(out + k, v);
         };
         int64_t k = 0;
         if (r.scale)
-            for (; k + 16 <= width; k += 16) move(k, 16, false);
+            for (; k + WIDTH <= width; k += WIDTH) move(k, WIDTH, false);
         else
-            for (; k + 16 <= width; k += 16) move(k, 16, true);
+            for (; k + WIDTH <= width; k += WIDTH) move(k, WIDTH, true);
         if (k < width) move(k, width - k, !r.scale);
+        for (k = round_up(width, WIDTH); k < r.padded; k += WIDTH) store(out + k, Floats{});
     });
     return largest;
 }
@@ -317,52 +329,54 @@ inline void load_row_through(const Ready &r, const Axis &axis, int64_t row, floa
     with_type(r.t->x_type, [&](auto type) LRQ_LAMBDA {
         with_order(axis.order, [&](auto n) LRQ_LAMBDA {
             for (int64_t first = 0; first < r.t->width; first += block)
-                for (int64_t k = first; k < first + inner; k += 16)
-                    butterfly<f32x16, n>(
+                for (int64_t k = first; k < first + inner; k += WIDTH)
+                    butterfly<Floats, n>(
                         [&](auto m) LRQ_LAMBDA {
                             const int64_t at = k + m * inner;
-                            const f32x16 v = load_as<type>(r.t->x, row * r.t->width + at, 16);
-                            return (v - load<f32x16>(r.offset + at)) * load<f32x16>(r.scale + at);
+                            const Floats v = load_as<type>(r.t->x, row * r.t->width + at, WIDTH);
+                            return (v - load<Floats>(r.offset + at)) * load<Floats>(r.scale + at);
                         },
-                        [&](auto m, f32x16 v) LRQ_LAMBDA { store(out + k + m * inner, v); });
+                        [&](auto m, Floats v) LRQ_LAMBDA { store(out + k + m * inner, v); });
         });
     });
 }
 
-// The mix inside registers; returns the largest magnitudes. `next`, `bytes` an entry, is fetched into cache on the way.
-template <int TAIL, int VECTORS>
-LRQ_INLINE i32x16 mix_tail(float *x, int64_t width, const char *next, int64_t bytes) {
-    i32x16 largest = {};
-    for (int64_t k = 0; k < width; k += 16 * VECTORS) {
-        for (int64_t b = 0; b < 16 * VECTORS * bytes; b += 64) __builtin_prefetch(next + k * bytes + b, 0, 2);
-        f32x16 v[VECTORS];
-        unroll<VECTORS>([&](auto i) LRQ_LAMBDA { v[i] = mix_register<TAIL>(load<f32x16>(x + k + 16 * i)); });
-        butterfly_power<f32x16, VECTORS>(v);
-        unroll<VECTORS>([&](auto i) LRQ_LAMBDA {
+// The butterflies of TAIL neighbours; returns the largest magnitudes. `next`, `bytes` an entry, is fetched on the way.
+template <int TAIL> LRQ_INLINE Ints mix_tail(float *x, int64_t width, const char *next, int64_t bytes) {
+    constexpr int vectors = TAIL > WIDTH ? TAIL / WIDTH : 1;
+    Ints largest = {};
+    for (int64_t k = 0; k < width; k += WIDTH * vectors) {
+        for (int64_t b = 0; b < WIDTH * vectors * bytes; b += 64) __builtin_prefetch(next + k * bytes + b, 0, 2);
+        Floats v[vectors];
+        unroll<vectors>([&](auto i) LRQ_LAMBDA {
+            v[i] = mix_register<TAIL < WIDTH ? TAIL : WIDTH>(load<Floats>(x + k + WIDTH * i));
+        });
+        butterfly_power<Floats, vectors>(v);
+        unroll<vectors>([&](auto i) LRQ_LAMBDA {
             largest = greater(largest, magnitude(v[i]));
-            store(x + k + 16 * i, v[i]);
+            store(x + k + WIDTH * i, v[i]);
         });
     }
     return largest;
 }
 
 // All of a rotated row that is worked on by itself; returns the largest magnitudes.
-inline i32x16 rotate_row(const Ready &r, int64_t row, float *out) {
+inline Ints rotate_row(const Ready &r, int64_t row, float *out) {
     const Product &p = r.product;
     const int64_t width = r.t->width, bytes = r.t->x_type == LRQ_FLOAT32 ? 4 : 2;
     const char *next = static_cast<const char *>(r.t->x) + least(row + 1, r.t->rows - 1) * width * bytes;
     int count = p.count;
-    if (count && !p.axes[count - 1].matrix && p.axes[count - 1].inner % 16 == 0)
+    if (count && !p.axes[count - 1].matrix && p.axes[count - 1].inner % WIDTH == 0)
         load_row_through(r, p.axes[--count], row, out);
     else
         load_row(r, row, out);
     apply_axes(out, p, count, width);
-    if (p.tail == 8) return mix_tail<8, 1>(out, width, next, bytes);
-    switch (p.tail_vectors) {
-        case 1: return mix_tail<16, 1>(out, width, next, bytes);
-        case 2: return mix_tail<16, 2>(out, width, next, bytes);
-        case 4: return mix_tail<16, 4>(out, width, next, bytes);
-        default: return mix_tail<16, 8>(out, width, next, bytes);
+    switch (p.tail) {
+        case 8: return mix_tail<8>(out, width, next, bytes);
+        case 16: return mix_tail<16>(out, width, next, bytes);
+        case 32: return mix_tail<32>(out, width, next, bytes);
+        case 64: return mix_tail<64>(out, width, next, bytes);
+        default: return mix_tail<128>(out, width, next, bytes);
     }
 }
 
@@ -389,9 +403,9 @@ inline void rotate_side_by_side(const Ready &r, float *rows, int64_t count, floa
 
 constexpr int64_t ROWS_PER_TASK = 8;
 
-LRQ_INLINE i32x16 largest_of(const float *row, int64_t width) {
-    i32x16 largest = {};
-    for (int64_t k = 0; k < width; k += 16) largest = greater(largest, magnitude(load<f32x16>(row + k)));
+LRQ_INLINE Ints largest_of(const float *row, int64_t width) {
+    Ints largest = {};
+    for (int64_t k = 0; k < width; k += WIDTH) largest = greater(largest, magnitude(load<Floats>(row + k)));
     return largest;
 }
 
@@ -410,7 +424,7 @@ template <class Finish> LRQ_INLINE void transform_rows(const Ready &r, int64_t f
     }
     for (int64_t i = first; i < first + count; ++i) {
         if (r.t->rotation == LRQ_NONE) {
-            const i32x16 largest = load_row(r, i, rows);
+            const Ints largest = load_row(r, i, rows);
             finish(i, rows, largest);
         } else if (r.t->rotation == LRQ_OUTLIER) {
             const int64_t order = r.t->factors[0];
@@ -421,7 +435,7 @@ template <class Finish> LRQ_INLINE void transform_rows(const Ready &r, int64_t f
             __builtin_memcpy(rows, spare, sizeof(float) * width);
             finish(i, rows, largest_of(rows, width));
         } else {
-            const i32x16 largest = rotate_row(r, i, rows);
+            const Ints largest = rotate_row(r, i, rows);
             finish(i, rows, largest);
         }
     }
@@ -431,32 +445,32 @@ inline void apply_transform(const lrq_transform &t, int threads, float *out) {
     const Ready r = make_ready(t);
     parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
         const int64_t first = task * ROWS_PER_TASK;
-        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, i32x16) {
+        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, Ints) {
             __builtin_memcpy(out + i * t.width, row, sizeof(float) * t.width);
         });
     });
 }
 
 // One row (zeros behind its width) and its largest magnitudes -> codes and step.
-LRQ_INLINE float quantize_row(const float *row, i32x16 largest, int64_t width, int bits, float clip_over_largest,
+LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int bits, float clip_over_largest,
                               int8_t *codes) {
     int32_t top = 0;
-    for (int i = 0; i < 16; ++i) top = largest[i] > top ? largest[i] : top;
+    for (int i = 0; i < WIDTH; ++i) top = largest[i] > top ? largest[i] : top;
     float absmax;
     __builtin_memcpy(&absmax, &top, 4);
     const float step = absmax * clip_over_largest;
-    const f32x16 inverse = splat(step > 1.17549435e-38f ? 1.0f / step : 0.0f);
+    const Floats inverse = splat(step > 1.17549435e-38f ? 1.0f / step : 0.0f);
     const int32_t most = (1 << (bits - 1)) - 1;
-    const i32x16 high = most - (i32x16){}, low = -most - 1 - (i32x16){};
-    const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer, rounded half to even
+    const Ints high = most - (Ints){}, low = -most - 1 - (Ints){};
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer, rounded half to even
     const auto quantize = [&](int64_t k) LRQ_LAMBDA {
-        const i32x16 code = (i32x16)(load<f32x16>(row + k) * inverse + magic) - 0x4b400000;
-        return __builtin_convertvector(lesser(greater(code, low), high), i8x16);
+        const Ints code = (Ints)(load<Floats>(row + k) * inverse + magic) - 0x4b400000;
+        return narrow(lesser(greater(code, low), high));
     };
     int64_t k = 0;
-    for (; k + 16 <= width; k += 16) store(codes + k, quantize(k));
+    for (; k + WIDTH <= width; k += WIDTH) store(codes + k, quantize(k));
     if (k < width) {
-        const i8x16 last = quantize(k);
+        const Bytes last = quantize(k);
         __builtin_memcpy(codes + k, &last, width - k);
     }
     return step;
@@ -467,7 +481,7 @@ inline void quantize_tokens(const lrq_transform &t, int bits, double clip, int t
     const float clip_over_largest = static_cast<float>(clip / ((1 << (bits - 1)) - 1));
     parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
         const int64_t first = task * ROWS_PER_TASK;
-        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, i32x16 largest) {
+        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, Ints largest) {
             scale[i] = quantize_row(row, largest, t.width, bits, clip_over_largest, codes + i * t.width);
         });
     });

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "lrqdit.h"
@@ -20,20 +21,27 @@
 namespace lrq {
 namespace LRQ_ISA {
 
+// A register of WIDTH floats, and integers as many. (Wider generic vectors work, too, but live in memory.)
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 typedef float f32x8 __attribute__((vector_size(32)));
-typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
 #if defined(__clang__)
-#define LRQ_SHUFFLE16(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
 #define LRQ_SHUFFLE4(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define LRQ_SHUFFLE16(v, ...) __builtin_shuffle(v, (i32x16){__VA_ARGS__})
 #define LRQ_SHUFFLE4(a, b, ...) __builtin_shuffle(a, b, (i32x4){__VA_ARGS__})
 #endif
 
@@ -54,62 +62,91 @@ template <int N, class Body> LRQ_INLINE void unroll(Body &&body) {
     unroll<N>(body, std::make_integer_sequence<int, N>{});
 }
 
-// The butterfly of Sylvester's matrix on N entries, a power of two.
-template <class V, int N> LRQ_INLINE void butterfly_power(V *v) {
-    if constexpr (N > 1) {
-        unroll<N / 2>([&](auto i) LRQ_LAMBDA {
-            const V sum = v[i] + v[i + N / 2], difference = v[i] - v[i + N / 2];
-            v[i] = sum, v[i + N / 2] = difference;
+// The butterfly of Sylvester's matrix on N entries, a power of two; neighbours first, whatever the register's width.
+template <class V, int N, int STRIDE = 1> LRQ_INLINE void butterfly_power(V *v) {
+    if constexpr (STRIDE < N) {
+        unroll<N>([&](auto i) LRQ_LAMBDA {
+            if constexpr ((i & STRIDE) == 0) {
+                const V sum = v[i] + v[i + STRIDE], difference = v[i] - v[i + STRIDE];
+                v[i] = sum, v[i + STRIDE] = difference;
+            }
         });
-        butterfly_power<V, N / 2>(v);
-        butterfly_power<V, N / 2>(v + N / 2);
+        butterfly_power<V, N, 2 * STRIDE>(v);
     }
 }
 
-LRQ_INLINE f32x16 splat(float x) { return x - (f32x16){}; }
+LRQ_INLINE Floats splat(float x) { return x - Floats{}; }
 
-LRQ_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+LRQ_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
-    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-    struct Halves {
-        __m256 low, high;
-    } x, y, z;
-    __builtin_memcpy(&x, &a, 64), __builtin_memcpy(&y, &b, 64), __builtin_memcpy(&z, &c, 64);
-    x.low = _mm256_fmadd_ps(x.low, y.low, z.low);
-    x.high = _mm256_fmadd_ps(x.high, y.high, z.high);
-    __builtin_memcpy(&a, &x, 64);
-    return a;
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-    for (int i = 0; i < 16; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return a;
+    for (int i = 0; i < WIDTH; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
 #endif
 }
 
-LRQ_INLINE i32x16 greater(i32x16 a, i32x16 b) {
+LRQ_INLINE Ints greater(Ints a, Ints b) {
 #if defined(__AVX512F__)
-    return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b);
+    return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
 #else
     return a > b ? a : b;
 #endif
 }
 
-LRQ_INLINE i32x16 lesser(i32x16 a, i32x16 b) {
+LRQ_INLINE Ints lesser(Ints a, Ints b) {
 #if defined(__AVX512F__)
-    return (i32x16)_mm512_min_epi32((__m512i)a, (__m512i)b);
+    return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b);
 #else
     return a < b ? a : b;
 #endif
 }
 
-LRQ_INLINE f32x16 from_bfloat16(u16x16 bits) { return (f32x16)(__builtin_convertvector(bits, u32x16) << 16); }
-
-LRQ_INLINE f32x16 from_float16(u16x16 bits) {
-#if defined(__AVX512F__)
-    return (f32x16)_mm512_cvtph_ps((__m256i)bits);
+// Entries from -128 to 127.
+LRQ_INLINE Bytes narrow(Ints v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)v, (__m256i)v), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_castsi256_si128(words));
+    return load<Bytes>(&bytes);
 #else
-    f32x16 v;
-    for (int i = 0; i < 16; ++i) {
+    return __builtin_convertvector(v, Bytes);
+#endif
+}
+
+LRQ_INLINE Floats from_bfloat16(Halves bits) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
+    return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#endif
+}
+
+// Round to nearest even, NaN stays NaN.
+LRQ_INLINE Halves to_bfloat16(Floats v) {
+    const Words bits = (Words)v;
+    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Words is_nan = (Words)(v != v);
+    const Words word = (rounded & ~is_nan) | (is_nan & 0x7fc0);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i both = _mm256_packus_epi32((__m256i)word, (__m256i)word);
+    return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0xd8));
+#else
+    return __builtin_convertvector(word, Halves);
+#endif
+}
+
+LRQ_INLINE Floats from_float16(Halves bits) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps((__m128i)bits);
+#else
+    Floats v;
+    for (int i = 0; i < WIDTH; ++i) {
         _Float16 half;
         const uint16_t one = bits[i];
         __builtin_memcpy(&half, &one, 2);
@@ -119,20 +156,14 @@ LRQ_INLINE f32x16 from_float16(u16x16 bits) {
 #endif
 }
 
-// Round to nearest even, NaN stays NaN.
-LRQ_INLINE u16x16 to_bfloat16(f32x16 v) {
-    const u32x16 bits = (u32x16)v;
-    const u32x16 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const u32x16 is_nan = (u32x16)(v != v);
-    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), u16x16);
-}
-
-LRQ_INLINE u16x16 to_float16(f32x16 v) {
+LRQ_INLINE Halves to_float16(Floats v) {
 #if defined(__AVX512F__)
-    return (u16x16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    u16x16 bits;
-    for (int i = 0; i < 16; ++i) {
+    Halves bits;
+    for (int i = 0; i < WIDTH; ++i) {
         const _Float16 half = static_cast<_Float16>(v[i]);
         uint16_t one;
         __builtin_memcpy(&one, &half, 2);
@@ -142,33 +173,33 @@ LRQ_INLINE u16x16 to_float16(f32x16 v) {
 #endif
 }
 
-// The first count (at most 16) of 16 values, as TYPE LRQ_FLOAT32, ..., to element index.
-template <int TYPE> LRQ_INLINE void store_as(void *out, int64_t index, f32x16 v, int64_t count) {
+// The first count (at most WIDTH) of a register's values, as TYPE LRQ_FLOAT32, ..., to element index.
+template <int TYPE> LRQ_INLINE void store_as(void *out, int64_t index, Floats v, int64_t count) {
     if constexpr (TYPE == LRQ_FLOAT32) {
         float *p = static_cast<float *>(out) + index;
-        if (count >= 16) return store(p, v);
+        if (count >= WIDTH) return store(p, v);
         for (int64_t i = 0; i < count; ++i) p[i] = v[i];
     } else {
-        const u16x16 bits = TYPE == LRQ_BFLOAT16 ? to_bfloat16(v) : to_float16(v);
+        const Halves bits = TYPE == LRQ_BFLOAT16 ? to_bfloat16(v) : to_float16(v);
         uint16_t *p = static_cast<uint16_t *>(out) + index;
-        if (count >= 16) return store(p, bits);
+        if (count >= WIDTH) return store(p, bits);
         for (int64_t i = 0; i < count; ++i) p[i] = bits[i];
     }
 }
 
-// 16 values of TYPE from element index; the first count (at most 16) are read, the rest is 0.
-template <int TYPE> LRQ_INLINE f32x16 load_as(const void *x, int64_t index, int64_t count) {
+// A register of TYPE from element index; the first count (at most WIDTH) are read, the rest is 0.
+template <int TYPE> LRQ_INLINE Floats load_as(const void *x, int64_t index, int64_t count) {
     if constexpr (TYPE == LRQ_FLOAT32) {
         const float *p = static_cast<const float *>(x) + index;
-        if (count >= 16) return load<f32x16>(p);
-        f32x16 v = {};
+        if (count >= WIDTH) return load<Floats>(p);
+        Floats v = {};
         for (int64_t i = 0; i < count; ++i) v[i] = p[i];
         return v;
     } else {
         const uint16_t *p = static_cast<const uint16_t *>(x) + index;
-        u16x16 bits = {};
-        if (count >= 16)
-            bits = load<u16x16>(p);
+        Halves bits = {};
+        if (count >= WIDTH)
+            bits = load<Halves>(p);
         else
             for (int64_t i = 0; i < count; ++i) bits[i] = p[i];
         return TYPE == LRQ_BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
