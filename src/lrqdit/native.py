@@ -29,7 +29,7 @@ LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.d
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROTATION_CODES = {"none": 0, "hadamard": 1, "block_hadamard": 2, "outlier": 3}
 BUTTERFLIES = (12, 20, 28)  # orders beside the powers of two that need no matrix
-MAX_IN_FEATURES = 1 << 17  # an int32 sum of int8 products could overflow beyond
+MAX_IN_FEATURES = (1 << 17) - 1  # an int32 sum of int8 products could overflow beyond
 
 _pointer = ctypes.c_void_p
 
@@ -144,7 +144,7 @@ def _factor_arrays(rotation: str, factors: tuple[int, ...]) -> tuple[Any, Any, l
     matrices, kept = (_pointer * len(factors))(), []
     for i, factor in enumerate(factors):
         is_butterfly = factor > 0 and (factor & (factor - 1) == 0 or factor in BUTTERFLIES)
-        if rotation == "hadamard" and not is_butterfly:
+        if rotation in ("hadamard", "block_hadamard") and not is_butterfly:
             kept.append(factor_matrix(factor, torch.device("cpu")))
             matrices[i] = kept[-1].data_ptr()
     return (ctypes.c_int64 * len(factors))(*factors), matrices, kept
