@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <limits>
 #include <memory>
 #include <string>
@@ -834,8 +835,10 @@ int main() {
     for (const auto &[name, test] : tests) {
         const int before = failures;
         const int64_t checks_before = checks;
+        const std::clock_t start = std::clock();
         test();
-        std::printf("%-20s %8lld checks, %d failed\n", name, static_cast<long long>(checks - checks_before), failures - before);
+        std::printf("%-20s %8lld checks, %d failed, %.1f s of CPU time\n", name, static_cast<long long>(checks - checks_before),
+                    failures - before, static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC);
         std::fflush(stdout);
     }
     return failures != 0;
