@@ -10,6 +10,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "kernels.h"
 
@@ -20,6 +23,9 @@ namespace lrq {
 LRQ_DECLARE(avx512vnni)
 LRQ_DECLARE(avxvnni)
 LRQ_DECLARE(avx2)
+#ifdef LRQ_TESTS
+LRQ_DECLARE(avx512vnni256)  // stands in for avxvnni, which few CPUs have: the same source in 256 bits
+#endif
 #elif defined(__aarch64__)
 LRQ_DECLARE(neon)
 #endif
@@ -51,6 +57,15 @@ const char *missing_avxvnni() {
     __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     return a >> 4 & 1 ? "" : "this CPU has no AVX-VNNI";
 }
+#elif defined(__aarch64__)
+const char *missing_neon() {
+#ifdef __linux__
+    // HWCAP_ASIMDHP and HWCAP_ASIMDDP, which older headers do not name; other systems have no CPU without them
+    return getauxval(AT_HWCAP) >> 10 & getauxval(AT_HWCAP) >> 20 & 1 ? "" : "this CPU has no NEON dot product with float16";
+#else
+    return "";
+#endif
+}
 #endif
 
 const Isa *isas(int *count) {
@@ -59,8 +74,11 @@ const Isa *isas(int *count) {
         {&avx512vnni_kernels, missing_avx512vnni()},
         {&avxvnni_kernels, missing_avxvnni()},
         {&avx2_kernels, missing_avx2()},
+#ifdef LRQ_TESTS
+        {&avx512vnni256_kernels, missing_avx512vnni()},
+#endif
 #elif defined(__aarch64__)
-        {&neon_kernels, ""},
+        {&neon_kernels, missing_neon()},
 #endif
         {&serial_kernels, ""},
     };
@@ -96,19 +114,27 @@ void require(bool is_sound, const char *message) {
     if (!is_sound) throw std::invalid_argument(message);
 }
 
-void check(const lrq_transform *t) {
-    require(t && (t->x || t->rows == 0), "transform: x is missing");
-    require(t->rows >= 0 && t->width > 0 && t->width < 1 << 24, "transform: rows or width out of range");
+bool has_butterfly(int64_t order) {
+    return order > 0 && ((order & (order - 1)) == 0 || order == 12 || order == 20 || order == 28);
+}
+
+void check(const lrq_transform *t, int threads, const void *out) {
+    require(t && ((t->x && out) || t->rows == 0), "transform: input or output is missing");
+    require(threads > 0, "transform: threads must be 1 or more");
+    require(t->rows >= 0 && t->width > 0 && t->width < 1 << 23, "transform: rows or width out of range");
     require(t->x_type >= LRQ_FLOAT32 && t->x_type <= LRQ_FLOAT16, "transform: unknown x_type");
     require(t->rotation >= LRQ_NONE && t->rotation <= LRQ_OUTLIER, "transform: unknown rotation");
     if (t->rotation == LRQ_NONE) return;
     require(t->factor_count >= 0 && t->factor_count < 32, "transform: factor_count out of range");
+    require(t->factors || !t->factor_count, "transform: the factors are missing");
     int64_t covered = 1;
     for (int64_t i = 0; i < t->factor_count; ++i) {
-        const int64_t order = t->factors[i] < 0 ? -t->factors[i] : t->factors[i];
-        require(order > 0 && order <= t->width, "transform: a factor is out of range");
-        covered *= order;
+        const int64_t factor = t->factors[i];
+        require(factor && factor >= -t->width && factor <= t->width, "transform: a factor is out of range");
+        covered *= factor < 0 ? -factor : factor;
         require(covered <= t->width, "transform: the factors exceed the width");
+        require(t->rotation == LRQ_OUTLIER ? factor > 0 : has_butterfly(factor) || (t->matrices && t->matrices[i]),
+                "transform: a factor lacks its matrix");
     }
     if (t->rotation == LRQ_HADAMARD) {
         require(2 * covered >= t->width, "transform: the factors do not cover the width");
@@ -122,13 +148,14 @@ void check(const lrq_transform *t) {
     }
 }
 
-void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, const void *out) {
+void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, int threads, const void *out) {
     require(w && w->packed && w->row_scale, "linear: the weight lacks a part");
     require(rows >= 0 && ((x && out) || rows == 0), "linear: input or output is missing");
+    require(threads > 0, "linear: threads must be 1 or more");
     require(out_type >= LRQ_FLOAT32 && out_type <= LRQ_FLOAT16, "linear: unknown out_type");
     require(w->bits == 2 || w->bits == 3 || w->bits == 4 || w->bits == 8, "linear: bits must be 2, 3, 4 or 8");
     require(w->out_features > 0 && w->in_features > 0, "linear: features out of range");
-    require(w->in_features <= 1 << 17, "linear: more than 131072 input features overflow an int32");
+    require(w->in_features < 1 << 17, "linear: more than 131071 input features overflow an int32");
     require((w->table == nullptr) == (w->bits == 8), "linear: a table belongs to 2, 3 or 4 bits");
     require(!w->table || w->table_rows == 1 || w->table_rows == w->out_features, "linear: the table has a wrong shape");
 }
@@ -219,6 +246,7 @@ const char *lrq_isa(void) { return kernels().name; }
 
 int lrq_use_isa(const char *name) {
     return guarded([&] {
+        require(name, "the name of an instruction set is missing");
         int count;
         const Isa *all = isas(&count);
         for (int i = 0; i < count; ++i) {
@@ -241,7 +269,7 @@ int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operations) {
 
 int lrq_apply_transform(const lrq_transform *transform, int threads, float *out) {
     return guarded([&] {
-        check(transform);
+        check(transform, threads, out);
         if (transform->rows) kernels().apply_transform(*transform, threads, out);
     });
 }
@@ -249,8 +277,10 @@ int lrq_apply_transform(const lrq_transform *transform, int threads, float *out)
 int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, int threads, int8_t *codes,
                         float *scale) {
     return guarded([&] {
-        check(transform);
+        check(transform, threads, codes);
+        require(scale || !transform->rows, "quantize_tokens: the steps' memory is missing");
         require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
+        require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");  // else x / step leaves the rounding's range
         if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, threads, codes, scale);
     });
 }
@@ -258,7 +288,8 @@ int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, i
 int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *codes, const float *scale, int out_type,
                          int threads, void *out) {
     return guarded([&] {
-        check(weight, rows, codes, out_type, out);
+        check(weight, rows, codes, out_type, threads, out);
+        require(scale || !rows, "linear: the steps are missing");
         if (rows) kernels().quantized_linear(*weight, rows, codes, scale, out_type, threads, out);
     });
 }
@@ -266,7 +297,7 @@ int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *c
 int lrq_weight_only_linear(const lrq_weight *weight, int64_t rows, const float *x, int out_type, int threads,
                            void *out) {
     return guarded([&] {
-        check(weight, rows, x, out_type, out);
+        check(weight, rows, x, out_type, threads, out);
         if (rows) kernels().weight_only_linear(*weight, rows, x, out_type, threads, out);
     });
 }

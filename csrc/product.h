@@ -344,8 +344,9 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
         Tables tables;
         load_tables(w, tile, 0, tables);
         int8_t levels[16][16];
-        float *panel = static_cast<float *>(scratch(SLOT_PANEL, sizeof(float) * 256 * in_tiles + 64));
-        __builtin_memset(panel, 0, sizeof(PanelKey));  // no panel of quantized_linear any more
+        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + sizeof(float) * 256 * in_tiles));
+        __builtin_memset(memory, 0, sizeof(PanelKey));  // no panel of quantized_linear any more
+        float *panel = reinterpret_cast<float *>(memory + 64);
         for (int64_t t = 0; t < in_tiles; ++t) {
             decode_tile(packed + t * 32 * w.bits, w.bits, tables, levels);
             for (int k = 0; k < 16; ++k)

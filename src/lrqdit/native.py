@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 import os
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import lrqdit
 from lrqdit import ops
 from lrqdit.errors import KernelError
 from lrqdit.hadamard import factor_matrix
+from lrqdit.packing import packed_shape
 
 ABI_VERSION = 1
 ENVIRONMENT = "LRQDIT_KERNELS"
@@ -31,7 +33,7 @@ LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.d
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROTATION_CODES = {"none": 0, "hadamard": 1, "block_hadamard": 2, "outlier": 3}
 BUTTERFLIES = (12, 20, 28)  # orders beside the powers of two that need no matrix
-MAX_IN_FEATURES = 1 << 17  # an int32 sum of int8 products could overflow beyond
+MAX_IN_FEATURES = (1 << 17) - 1  # an int32 sum of int8 products could overflow beyond
 
 _pointer = ctypes.c_void_p
 
@@ -101,6 +103,16 @@ def find_library() -> Path | None:
     return None
 
 
+def _is_truncated(path: Path) -> bool:
+    """Whether the end of an ELF file (its table of sections) is missing: opening it would end the process by SIGBUS."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:
+        return False  # not ELF, 64 bits, little endian: left to the loader
+    (start,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < start + size * count
+
+
 def load(path: Path) -> ctypes.CDLL:
     """Open the library, declare its functions and check its version.
 
@@ -108,6 +120,8 @@ def load(path: Path) -> ctypes.CDLL:
         KernelError: if it cannot be opened, or was built for another version of this package.
     """
     try:
+        if _is_truncated(path):
+            raise OSError("the file is truncated")
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
@@ -133,6 +147,12 @@ def _check(status: int) -> None:
         raise KernelError(f"native kernel: {LIBRARY.lrq_last_error().decode()}")
 
 
+def _require(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
+    """A kernel trusts its pointers: what does not have the shape it reads is refused here."""
+    if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
+        raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but must be {dtype} {shape}")
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
@@ -147,7 +167,7 @@ def _factor_arrays(rotation: str, factors: tuple[int, ...]) -> tuple[Any, Any, l
     matrices, kept = (_pointer * len(factors))(), []
     for i, factor in enumerate(factors):
         is_butterfly = factor > 0 and (factor & (factor - 1) == 0 or factor in BUTTERFLIES)
-        if rotation == "hadamard" and not is_butterfly:
+        if rotation in ("hadamard", "block_hadamard") and not is_butterfly:
             kept.append(factor_matrix(factor, torch.device("cpu")))
             matrices[i] = kept[-1].data_ptr()
     return (ctypes.c_int64 * len(factors))(*factors), matrices, kept
@@ -163,6 +183,12 @@ class _TransformCall:
         self.kept = x, *(_contiguous(t) for t in (input_offset, input_scale, block1, block2, permutation))
         pointers = [_address(t) for t in self.kept]
         rows, width = x.shape
+        block = factors[0] if rotation == "outlier" else 0
+        _require("input_offset", input_offset, torch.float16, width)
+        _require("input_scale", input_scale, torch.float16, width)
+        _require("block1", block1, torch.float32, block, block)
+        _require("permutation", permutation, torch.int32, width)
+        _require("block2", block2, torch.float32, block, block)
         orders, matrices, _ = _factor_arrays(rotation, tuple(factors))
         self.structure = _Transform(
             pointers[0], TYPE_CODES[x.dtype], ROTATION_CODES[rotation], rows, width, pointers[1], pointers[2],
@@ -194,13 +220,18 @@ def _quantize_tokens(
 def _multiply(
     function: Callable, x: Tensor, scale: Tensor | None, packed, table, row_scale, bias, bits, out_dtype
 ) -> Tensor:
-    rows, in_features = x.shape
+    (rows, in_features), out_features = x.shape, len(row_scale)
+    table_rows = 0 if table is None else len(table)
+    _require("packed", packed, torch.uint8, *packed_shape(out_features, in_features, bits))
+    _require("table", table, torch.int8, 1 if table_rows == 1 else out_features, 1 << bits)
+    _require("row_scale", row_scale, torch.float32, out_features)
+    _require("bias", bias, torch.float32, out_features)
+    _require("scale", scale, torch.float32, rows)
     native_dtype = out_dtype if out_dtype in TYPE_CODES else torch.float32
-    out = torch.empty(rows, len(row_scale), dtype=native_dtype)
+    out = torch.empty(rows, out_features, dtype=native_dtype)
     kept = [_contiguous(t) for t in (packed, table, row_scale, bias, x, scale)]
     pointers = [_address(t) for t in kept]
-    table_rows = 0 if table is None else len(table)
-    weight = _Weight(*pointers[:4], len(row_scale), in_features, table_rows, bits)
+    weight = _Weight(*pointers[:4], out_features, in_features, table_rows, bits)
     inputs = pointers[4:5] if scale is None else pointers[4:]
     threads = torch.get_num_threads()
     _check(function(ctypes.byref(weight), rows, *inputs, TYPE_CODES[native_dtype], threads, out.data_ptr()))
@@ -211,6 +242,7 @@ def _quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dt
     if codes.shape[1] > MAX_IN_FEATURES:
         return ops.reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype)
     assert LIBRARY is not None
+    _require("codes", codes, torch.int8, *codes.shape)
     return _multiply(LIBRARY.lrq_quantized_linear, codes, scale, packed, table, row_scale, bias, bits, out_dtype)
 
 

@@ -51,7 +51,7 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact a b^T of int8 (m, k) and (n, k) -> int32 (m, n), on any device."""
-    if a.device.type == "cpu":
+    if a.device.type == "cpu" and a.shape[1] > 1:  # of one column _int_mm reads b with wrong strides (torch 2.13)
         return torch._int_mm(a, b.t())
     return float_integer_matmul(a, b)
 

@@ -1,0 +1,486 @@
+"""The native CPU kernels against the torch reference, on every instruction set this CPU has."""
+
+import gc
+import itertools
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lrqdit
+from lrqdit import native, ops, rotation
+from lrqdit.errors import KernelError
+from lrqdit.linear import LinearFormat, QuantLinear
+from lrqdit.packing import pack, packed_shape
+
+if native.LIBRARY is None:
+    pytest.skip(f"no native kernels to test: {native.WHY_REFERENCE}", allow_module_level=True)
+
+ISAS = [name for name, missing in native.instruction_sets(native.LIBRARY).items() if not missing]
+NO_TRANSFORM = (None, None, "none", [], None, None, None)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    isa, threads = native.LIBRARY.lrq_isa().decode(), torch.get_num_threads()
+    yield
+    native.use(isa)
+    torch.set_num_threads(threads)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_codes(*shape, seed=0):
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
+def random_weight(out_features, in_features, bits, has_row_tables, has_bias=True, seed=0):
+    """Arguments packed, table, row_scale, bias and bits of an operator."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator).to(torch.uint8)
+    rows = out_features if has_row_tables else 1
+    table = None
+    if bits < 8:
+        table = torch.randint(-128, 128, (rows, 1 << bits), generator=generator).to(torch.int8)
+    row_scale = torch.rand(out_features, generator=generator) * 0.01 + 0.001
+    return pack(codes, bits), table, row_scale, random(out_features, seed=seed) if has_bias else None, bits
+
+
+def transform_arguments(kind, width, seed=0):
+    built = rotation.build(width, kind, seed, channel_absmax=random(width, seed=seed).abs())
+    offset, scale = random(width, seed=seed + 1).half(), torch.exp(random(width, seed=seed + 2)).half()
+    return offset, scale, kind, list(built.factors), built.block1, built.permutation, built.block2
+
+
+def transformed(x, offset, scale, kind, factors, block1, permutation, block2):
+    """x~ in float64."""
+    x, width = x.double(), x.shape[1]
+    if offset is not None:
+        x = x - offset.double()
+    if scale is not None:
+        x = x * scale.double()
+    return x @ rotation.Rotation(kind, width, tuple(factors), None, block1, block2, permutation).matrix().double()
+
+
+def assert_prologue(x, arguments, bits, clip):
+    """Steps to 1e-6, and every code is the rounding of x~ / step up to a near tie."""
+    largest = 2 ** (bits - 1) - 1
+    expected_codes, expected_scale = ops.reference_quantize_tokens(x, *arguments, bits, clip)
+    exact = transformed(x.float(), *arguments)
+    for isa in ISAS:
+        native.use(isa)
+        codes, scale = ops.quantize_tokens(x, *arguments, bits, clip)
+        assert codes.dtype == torch.int8 and codes.shape == x.shape and scale.shape == x.shape[:1]
+        torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+        ratio = (exact / scale.double()[:, None]).clamp(-largest - 1, largest)
+        assert (ratio - codes).abs().max() <= 0.5 + 1e-4
+        assert (codes != expected_codes).float().mean() < 0.01
+        assert (codes.int() - expected_codes.int()).abs().max() <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(0, 12) | st.sampled_from([48, 65]),
+    out_features=st.integers(1, 70),
+    in_features=st.integers(1, 150),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    has_row_tables=st.booleans(),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_quantized_linear_gives_the_bits_of_the_reference(
+    tokens, out_features, in_features, bits, has_row_tables, has_bias, dtype, seed
+):
+    weight = random_weight(out_features, in_features, bits, has_row_tables, has_bias, seed)
+    codes, scale = random_codes(tokens, in_features, seed=seed), random(tokens, seed=seed).abs()
+    expected = ops.reference_quantized_linear(codes, scale, *weight, dtype)
+    for isa in ISAS:
+        native.use(isa)
+        y = ops.quantized_linear(codes, scale, *weight, dtype)
+        assert y.dtype == dtype and torch.equal(y, expected), isa
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantized_linear_of_wide_layers(bits):
+    """Inputs in several splits, tokens in several chunks, channels in several groups."""
+    for tokens, out_features, in_features in [(3, 20, 7000), (9, 70, 7001), (530, 40, 64), (20, 700, 96)]:
+        weight = random_weight(out_features, in_features, bits, bits == 3)
+        codes, scale = random_codes(tokens, in_features), random(tokens).abs()
+        expected = ops.reference_quantized_linear(codes, scale, *weight, torch.float32)
+        for isa, threads in itertools.product(ISAS, (1, 2)):
+            native.use(isa)
+            torch.set_num_threads(threads)
+            assert torch.equal(ops.quantized_linear(codes, scale, *weight, torch.float32), expected), isa
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 20),
+    width=st.integers(1, 200) | st.sampled_from([192, 384, 288, 336, 320]),
+    kind=st.sampled_from(list(rotation.ROTATIONS)),
+    bits=st.sampled_from([4, 6, 8]),
+    clip=st.sampled_from([1.0, 0.9, 0.5]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_prologue_of_any_width(tokens, width, kind, bits, clip, dtype, seed):
+    if kind == "outlier" and not any(width % block == 0 for block in range(2, 129)):
+        kind = "hadamard"  # a width without a block
+    assert_prologue(random(tokens, width, seed=seed).to(dtype), transform_arguments(kind, width, seed), bits, clip)
+
+
+@pytest.mark.parametrize("width", [1152, 4608, 1536, 8209])  # the last: two products that overlap
+def test_prologue_of_transformer_widths(width):
+    x, arguments = random(5, width), transform_arguments("hadamard", width)
+    codes, scale = ops.reference_quantize_tokens(x, *arguments, 8, 1.0)
+    for isa in ISAS:
+        native.use(isa)
+        found, found_scale = ops.quantize_tokens(x, *arguments, 8, 1.0)
+        torch.testing.assert_close(found_scale, scale, rtol=1e-6, atol=0)
+        assert (found.int() - codes.int()).abs().max() <= 1 and (found != codes).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("block", [12, 20, 28, 36, 24, 92, 128, 1])
+def test_every_block_a_checkpoint_may_ask_for(block):
+    """Orders that have neither a butterfly nor a power of two: their matrices must be passed."""
+    width = 2 * block
+    assert_prologue(random(9, width), (None, None, "block_hadamard", [block], None, None, None), 8, 1.0)
+
+
+@pytest.mark.parametrize("missing", ["offset", "scale", "both"])
+@pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
+def test_prologue_without_offset_or_scale(missing, kind):
+    arguments = list(transform_arguments(kind, 48))
+    arguments[0] = None if missing != "scale" else arguments[0]
+    arguments[1] = None if missing != "offset" else arguments[1]
+    assert_prologue(random(9, 48), tuple(arguments), 6, 0.9)
+
+
+def test_ties_and_extremes_are_the_reference_to_the_bit():
+    x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -7.0], [0.0] * 8, [1e-42] * 8, [3e38, -3e38] * 4])
+    for bits, clip, isa in itertools.product((4, 6, 8), (1.0, 0.5), ISAS):
+        native.use(isa)
+        found, expected = (
+            f(x, *NO_TRANSFORM, bits, clip) for f in (ops.quantize_tokens, ops.reference_quantize_tokens)
+        )
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
+def test_a_token_that_is_not_finite_stays_so_and_alone(kind, value):
+    weight, x, arguments = random_weight(20, 24, 4, False), random(9, 24), transform_arguments(kind, 24)
+    for isa in ISAS:
+        native.use(isa)
+        clean = ops.quantized_linear(*ops.quantize_tokens(x, *arguments, 8, 1.0), *weight, torch.float32)
+        damaged = x.clone()
+        damaged[4, 3] = value
+        y = ops.quantized_linear(*ops.quantize_tokens(damaged, *arguments, 8, 1.0), *weight, torch.float32)
+        assert not y[4].isfinite().any()
+        assert torch.equal(y[[0, 1, 2, 3, 5, 6, 7, 8]], clean[[0, 1, 2, 3, 5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize("kind", ["none", *list(rotation.ROTATIONS)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weight_only_linear(kind, bits):
+    weight, arguments = random_weight(37, 48, bits, bits == 3), transform_arguments(kind, 48)
+    for tokens, dtype in itertools.product((0, 1, 9, 33), DTYPES):
+        x = random(tokens, 48).to(dtype)
+        dense = ops.decode_weight(weight[0], weight[1], 48, 37, bits).double() * weight[2].double()[:, None]
+        expected = transformed(x.float(), *arguments) @ dense.T + weight[3].double()
+        bound = {torch.bfloat16: 5e-3, torch.float16: 6e-4}.get(dtype, 2e-6)
+        for isa in ISAS:
+            native.use(isa)
+            y = ops.weight_only_linear(x, *arguments, *weight, dtype)
+            assert y.dtype == dtype and y.shape == (tokens, 37)
+            assert tokens == 0 or (y.double() - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_no_tokens():
+    weight = random_weight(20, 24, 4, False)
+    for kind in rotation.ROTATIONS:
+        codes, scale = ops.quantize_tokens(torch.empty(0, 24), *transform_arguments(kind, 24), 8, 1.0)
+        assert codes.shape == (0, 24) and scale.shape == (0,)
+        assert ops.quantized_linear(codes, scale, *weight, torch.bfloat16).shape == (0, 20)
+        assert ops.weight_only_linear(torch.empty(0, 24), *NO_TRANSFORM, *weight, torch.float64).shape == (0, 20)
+
+
+def strided(tensor):
+    """The same values, every second element of a larger storage."""
+    return None if tensor is None else torch.stack([tensor, tensor], -1)[..., 0]
+
+
+def test_inputs_that_are_not_contiguous():
+    x, arguments, weight = random(9, 24), transform_arguments("outlier", 24), random_weight(20, 24, 3, True)
+    spread = tuple(strided(t) if isinstance(t, torch.Tensor) else t for t in arguments)
+    assert not spread[4].is_contiguous()
+    codes, scale = ops.quantize_tokens(x, *arguments, 8, 1.0)
+    for view in (strided(x), x.t().contiguous().t()):
+        found = ops.quantize_tokens(view, *spread, 8, 1.0)
+        assert torch.equal(found[0], codes) and torch.equal(found[1], scale)
+    spread_weight = tuple(strided(t) if isinstance(t, torch.Tensor) else t for t in weight)
+    y = ops.quantized_linear(codes, scale, *weight, torch.float32)
+    assert torch.equal(ops.quantized_linear(strided(codes), strided(scale), *spread_weight, torch.float32), y)
+    y = ops.weight_only_linear(x, *arguments, *weight, torch.float32)
+    assert torch.equal(ops.weight_only_linear(strided(x), *spread, *spread_weight, torch.float32), y)
+
+
+def test_every_thread_count_and_instruction_set_gives_the_same_bytes():
+    x, weight = random(70, 96), random_weight(120, 96, 4, False)
+    for kind in rotation.ROTATIONS:
+        arguments, first = transform_arguments(kind, 96), None
+        for isa, threads in itertools.product(ISAS, (1, 2, 3)):
+            native.use(isa)
+            torch.set_num_threads(threads)
+            codes, scale = ops.quantize_tokens(x, *arguments, 8, 1.0)
+            y = ops.quantized_linear(codes, scale, *weight, torch.bfloat16)
+            z = ops.weight_only_linear(x, *arguments, *weight, torch.float32)
+            first = first or (codes, scale, y, z)
+            for found, expected in zip((codes, scale, y, z), first, strict=True):
+                assert torch.equal(found, expected), (isa, threads)
+
+
+def test_more_inputs_than_an_int32_sum_takes():
+    """The last width the kernels take is exact even at the extremes; beyond it the reference runs."""
+    width = native.MAX_IN_FEATURES
+    packed, row_scale = torch.zeros(packed_shape(1, width, 8), dtype=torch.uint8), torch.ones(1)
+    codes = torch.full((1, width), -128, dtype=torch.int8)
+    for isa in ISAS:
+        native.use(isa)
+        y = ops.quantized_linear(codes, torch.ones(1), packed, None, row_scale, None, 8, torch.float64)
+        assert y.item() == torch.tensor(float(width * 128 * 128)).item()
+    wider = width + 1
+    packed = torch.full(packed_shape(1, wider, 8), 129, dtype=torch.uint8)
+    codes = torch.ones(1, wider, dtype=torch.int8)
+    y = ops.quantized_linear(codes, torch.ones(1), packed, None, row_scale, None, 8, torch.float32)
+    assert y.item() == wider
+
+
+def test_arguments_the_kernels_would_read_past():
+    """The reference raises of its own; a kernel that trusted these would read memory that is not theirs."""
+    packed, table, row_scale, bias, bits = random_weight(20, 24, 3, True)
+    codes, scale, x = random_codes(5, 24), torch.ones(5), random(5, 24)
+    good = {"packed": packed, "table": table, "row_scale": row_scale, "bias": bias}
+    for name, bad in {
+        "packed": packed[:1],
+        "table": table[:3],
+        "bias": bias[:3],
+        "row_scale": row_scale.double(),
+    }.items():
+        weight = [*{**good, name: bad}.values(), bits, torch.float32]
+        with pytest.raises(KernelError, match=name):
+            ops.quantized_linear(codes, scale, *weight)
+        with pytest.raises(KernelError, match=name):
+            ops.weight_only_linear(x, *NO_TRANSFORM, *weight)
+    with pytest.raises(KernelError, match="scale"):
+        ops.quantized_linear(codes, scale[:2], *good.values(), bits, torch.float32)
+    with pytest.raises(KernelError, match="codes"):
+        ops.quantized_linear(codes.int(), scale, *good.values(), bits, torch.float32)
+    arguments = list(transform_arguments("outlier", 24))
+    for place, bad in {
+        0: arguments[0][:5],
+        1: arguments[1].float(),
+        4: arguments[4][:1],
+        5: arguments[5][:3],
+        6: arguments[6].double(),
+    }.items():
+        with pytest.raises(KernelError, match="must be"):
+            ops.quantize_tokens(x, *arguments[:place], bad, *arguments[place + 1 :], 8, 1.0)
+
+
+def test_a_message_of_the_library_becomes_an_error():
+    with pytest.raises(KernelError, match="bits must be 2 to 8"):
+        ops.quantize_tokens(random(2, 8), *NO_TRANSFORM, 9, 1.0)
+    with pytest.raises(KernelError, match="unknown instruction set nonsense"):
+        native.use("nonsense")
+    for name, missing in native.instruction_sets(native.LIBRARY).items():
+        if missing:
+            with pytest.raises(KernelError, match=f"{name}: {missing}"):
+                native.use(name)
+
+
+def test_the_fastest_instruction_set_is_described():
+    native.use(ISAS[-1])
+    lines = native.describe()
+    assert ISAS[-1] in lines[0] and len(lines) >= len(ISAS)
+
+
+@pytest.mark.parametrize("variable", ["", "reference", *ISAS])
+def test_choice_by_environment(variable, monkeypatch):
+    monkeypatch.setenv(native.ENVIRONMENT, variable)
+    library, why = native._start()
+    assert (library is None) == (variable == "reference") == bool(why)
+    if variable in ISAS:
+        assert library.lrq_isa().decode() == variable
+
+
+def test_choice_of_nonsense(monkeypatch):
+    monkeypatch.setenv(native.ENVIRONMENT, "nonsense")
+    with pytest.raises(KernelError, match=r"LRQDIT_KERNELS=nonsense: .*it may be reference, .*serial$"):
+        native._start()
+
+
+SCRIPT = """
+import sys, types
+package = types.ModuleType("lrqdit")  # without __init__.py, which imports diffusers
+package.__path__ = sys.argv[1:]
+sys.modules["lrqdit"] = package
+import torch
+from lrqdit import native, ops
+codes, _ = ops.quantize_tokens(torch.arange(8.0)[None], None, None, "none", [], None, None, None, 4, 1.0)
+print(native.LIBRARY and native.LIBRARY.lrq_isa().decode(), codes.tolist()[0][-1])
+"""
+
+
+def test_choice_before_the_first_import():
+    """One process for each choice, all at once."""
+    processes = {}
+    for choice in ("reference", ISAS[-1], "nonsense"):
+        environment = {**os.environ, native.ENVIRONMENT: choice, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SCRIPT, *lrqdit.__path__]
+        processes[choice] = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
+    results = {choice: (*p.communicate(timeout=120), p.returncode) for choice, p in processes.items()}
+    assert results["reference"][0] == "None 7\n"
+    assert results[ISAS[-1]][0] == f"{ISAS[-1]} 7\n"
+    assert results["nonsense"][2] and "KernelError: LRQDIT_KERNELS=nonsense" in results["nonsense"][1]
+
+
+def test_missing_library(monkeypatch):
+    monkeypatch.setattr(native, "find_library", lambda: None)
+    monkeypatch.delenv(native.ENVIRONMENT, raising=False)
+    library, why = native._start()
+    assert library is None and "without its native library" in why
+    monkeypatch.setenv(native.ENVIRONMENT, "avx2")
+    with pytest.raises(KernelError, match="LRQDIT_KERNELS=avx2, but"):
+        native._start()
+    monkeypatch.setattr(native, "LIBRARY", None)
+    assert native.describe()[0].startswith("CPU kernels: torch reference")
+    with pytest.raises(KernelError, match="serial"):
+        native.use("serial")
+
+
+def test_library_of_another_version(monkeypatch):
+    monkeypatch.setattr(native, "ABI_VERSION", 99)
+    with pytest.raises(KernelError, match="has interface version 1, this package needs 99; reinstall"):
+        native.load(native.find_library())
+
+
+@pytest.mark.parametrize("size", [0, 40, 1000, 100_000, -1])
+def test_truncated_library(size, tmp_path):
+    path = tmp_path / native.LIBRARY_NAME
+    path.write_bytes(native.find_library().read_bytes()[:size])
+    with pytest.raises(KernelError, match=f"{path.name} cannot be loaded .*; reinstall") as caught:
+        native.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_library_without_the_functions():
+    with pytest.raises(KernelError, match="cannot be loaded .*; reinstall"):
+        native.load(Path(sys.modules["_ctypes"].__file__))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_opcheck(isa):
+    native.use(isa)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    weight = random_weight(20, 24, 4, False)
+    torch.library.opcheck(
+        torch.ops.lrqdit.quantize_tokens.default,
+        (random(5, 24).t().contiguous().t(), *transform_arguments("outlier", 24), 4, 0.9),
+        test_utils=utilities,
+    )
+    torch.library.opcheck(
+        torch.ops.lrqdit.quantized_linear.default,
+        (random_codes(5, 24), torch.rand(5), *weight, torch.bfloat16),
+        test_utils=utilities,
+    )
+    torch.library.opcheck(
+        torch.ops.lrqdit.weight_only_linear.default,
+        (random(5, 24), *transform_arguments("hadamard", 24), *weight, torch.float64),
+        test_utils=utilities,
+    )
+
+
+def random_layer(out_features, in_features, bits, activation_bits=8, kind="hadamard"):
+    arguments = transform_arguments(kind, in_features)
+    layer = QuantLinear(
+        LinearFormat(
+            in_features, out_features, bits, activation_bits, rotation=kind, factors=tuple(arguments[3]),
+            table_rows=int(bits < 8), has_offset=True, has_scale=True,
+        )
+    )  # fmt: skip
+    packed, table, row_scale, bias, _ = random_weight(out_features, in_features, bits, False)
+    values = {"packed": packed, "table": table, "row_scale_bits": row_scale.view(torch.int32)}
+    values |= {"bias_bits": bias.view(torch.int32), "input_offset_bits": arguments[0].view(torch.int16)}
+    values |= {"input_scale_bits": arguments[1].view(torch.int16)}
+    values |= {"block1_bits": arguments[4], "block2_bits": arguments[6], "permutation": arguments[5]}
+    for name, buffer in layer.named_buffers():
+        if name != "_dtype_marker":
+            buffer.copy_(values[name] if buffer.dtype == values[name].dtype else values[name].view(buffer.dtype))
+    return layer
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(backend, activation_bits):
+    layer, x = random_layer(20, 24, 4, activation_bits), random(2, 5, 24)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_under_another_default_device():
+    layer, x = random_layer(20, 24, 4), random(5, 24)
+    expected = layer(x)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to reset the peak of memory")
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_no_unpacked_copy(activation_bits):
+    """4 MiB of packed codes; one int8 copy of the weight would take 8 more, float32 32."""
+    layer, x = QuantLinear(LinearFormat(4096, 2048, 4, activation_bits)), random(16, 4096)
+    layer.packed.random_()
+
+    def peak():
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10, int(status.split("VmRSS:")[1].split()[0]) << 10
+
+    layer(x)
+    gc.collect()
+    before = {weakref.ref(t) for t in layer.buffers()}
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = peak()[1]
+    layer(x)
+    assert peak()[0] - resident < 4 << 20
+    assert {weakref.ref(t) for t in layer.buffers()} == before
+    held = sum(t.untyped_storage().nbytes() for t in layer.buffers())
+    assert held <= 2048 * 4096 // 2 + 2048 * 8 + 64
+    assert all(not isinstance(value, torch.Tensor) for value in vars(layer).values())
+
+
+def test_shared_inputs_are_quantized_once(monkeypatch):
+    calls = []
+    kernel = ops.quantize_tokens
+    monkeypatch.setattr(ops, "quantize_tokens", lambda *arguments: calls.append(0) or kernel(*arguments))
+    q, k, v = layers = [random_layer(20, 24, 4) for _ in range(3)]
+    k.share_input(q), v.share_input(q)
+    x = random(2, 5, 24)
+    alone = [ops.quantized_linear(*kernel(x.view(-1, 24), *q._input_arguments(), 8, 1.0), layer.packed, layer.table,
+                                  layer.row_scale, layer.bias, 4, torch.float32) for layer in layers]  # fmt: skip
+    for _ in range(2):
+        for layer, expected in zip(layers, alone, strict=True):
+            assert torch.equal(layer(x).view(-1, 20), expected)
+    assert len(calls) == 2
