@@ -27,8 +27,8 @@ C(θ) = θ·A(θ) - M(θ), and up to the constant Σ d·u²,
 
 **The search** minimizes E over (lo, hi, η) of each half: a coarse grid, then ZOOMS times the 27 neighbours of the best
 point, the steps shrinking by ZOOM each time. The levels are scaled so that the largest becomes 127, and rounded; no two
-coincide. Given that table, each row's scale is searched on the row's own histogram, again with E, coarsely and twice more
-finely, and polished by exact encoding and least squares, s = Σ d·w·t / Σ d·t², where that is better.
+coincide. Given that table, each row's scale is searched on the row's own histogram, again with E, coarsely and twice
+more finely, and polished by exact encoding and least squares, s = Σ d·w·t / Σ d·t², where that is better.
 
 **What the paper's released code does, and this avoids.** (1) It puts a weight of the other sign at 0 in log space, that
 is at magnitude 1, which decides the range of both halves: here a half sees its own entries only. (2) Its negative half

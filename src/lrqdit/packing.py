@@ -41,10 +41,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     out_tiles, in_tiles, tile_bytes = packed_shape(*codes.shape, bits)
     if native.LIBRARY is not None and codes.device.type == "cpu":
-        packed, used = (
-            torch.empty(out_tiles, in_tiles, tile_bytes, dtype=torch.uint8),
-            torch.empty(1, dtype=torch.uint8),
-        )
+        packed = torch.empty(out_tiles, in_tiles, tile_bytes, dtype=torch.uint8)
+        used = torch.empty(1, dtype=torch.uint8)
         native.call("lrq_pack", codes.contiguous(), *codes.shape, bits, torch.get_num_threads(), packed, used)
         _check_codes(codes, int(used), bits)
         return packed
