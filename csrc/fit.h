@@ -272,7 +272,7 @@ inline double search_scale(const f64x2 *below, const Ladder &ladder, const doubl
         double smallest = 0;
         for (int64_t i = 0; i < count; ++i) {
             const int64_t entry = first + i * step;
-            if (is_first && 0.5 * grid[entry] > 4 * largest) break;
+            if (is_first && grid[entry] > 8 * largest) break;
             int32_t found[16];
             const int32_t *places = edges ? edges + 16 * entry : found;
             const double scale = ladder.base * grid[entry];

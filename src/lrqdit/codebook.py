@@ -441,24 +441,25 @@ def _search_scales(histogram: Histogram, table: Integers, grid: Floats) -> Float
     For levels t times a scale s, E(s) = s² · (Σ d·t² from the histogram) - 2 s · (Σ d·t·u from the histogram).
     """
     mass, moment = _accumulate(histogram.bins)
+    first_edges = np.arange(len(mass))[:, None] * mass.shape[1] + BINS
     levels = table.astype(np.float64)
     top, base = levels[:, -1:], (0.5 / np.abs(levels).max(1))[:, None]
     gaps, midpoints = np.diff(levels), (levels[:, 1:] + levels[:, :-1]) / 2
-    largest = np.maximum(np.maximum(histogram.highest, -histogram.lowest), 1)[:, None]
+    limit = 8 * np.maximum(np.maximum(histogram.highest, -histogram.lowest), 1)[:, None]
     best = np.full((len(mass), 1), MARGIN)
-    around = np.arange(-MIDDLE, MIDDLE + 1)
-    for offsets in (np.arange(0, len(grid) - 2 * MARGIN, COARSE), around * (COARSE // MIDDLE), around):
+    coarse, around = np.arange(0, len(grid) - 2 * MARGIN, COARSE), np.arange(-MIDDLE, MIDDLE + 1)
+    for offsets in (coarse[grid[MARGIN + coarse] <= limit.max()], around * (COARSE // MIDDLE), around):
         index = best + offsets
         scales = base * grid[index]
         square, product = (top * top) * mass[:, -1:], top * moment[:, -1:]
         for k in range(levels.shape[1] - 1):
             gap, midpoint = gaps[:, k : k + 1], midpoints[:, k : k + 1]
-            edge = _find_edge(midpoint * scales) + BINS
-            square = square - (2 * gap * midpoint) * np.take_along_axis(mass, edge, 1)
-            product = product - gap * np.take_along_axis(moment, edge, 1)
+            edge = _find_edge(midpoint * scales) + first_edges
+            square = square - (2 * gap * midpoint) * mass.ravel().take(edge)
+            product = product - gap * moment.ravel().take(edge)
         errors = scales * (scales * square - 2 * product)
         if offsets[0] == 0:
-            errors[0.5 * grid[index] > 4 * largest] = np.inf
+            errors[grid[index] > limit] = np.inf
         best = np.take_along_axis(index, errors.argmin(1)[:, None], 1)
     return (base * grid[best])[:, 0]
 
