@@ -82,15 +82,18 @@ def find_peers() -> dict[str, Callable[[Tensor], object] | str]:
     def torchao(m):
         module = importlib.import_module("torchao.quantization.quant_primitives")
         kinds = module.MappingType.ASYMMETRIC, (1, 64), torch.int32
+
         def run(w):
             scale, zero = module.choose_qparams_affine(w, *kinds, 0, 15)
             return module.quantize_affine(w, (1, 64), scale, zero, torch.int32, 0, 15)
+
         return run
 
     def quanto(m):
         def run(w):
             scale, shift = m.MaxOptimizer()(w, m.qint4, 0, 64)
             return m.quantize_weight(w, m.qint4, 0, scale, shift, 64)
+
         return run
 
     def gguf(m):
@@ -99,11 +102,15 @@ def find_peers() -> dict[str, Callable[[Tensor], object] | str]:
     def bitsandbytes(m):
         return lambda w: m.functional.quantize_4bit(w, quant_type="nf4")
 
+    def sdnq(m):
+        return lambda w: m.sdnq_quantize_layer_weight(w, "Linear", weights_dtype="uint4", group_size=64)
+
     peers: dict[str, Callable[[Tensor], object] | str] = {}
-    probe = torch.randn(64, 128)
+    probe = torch.randn(256, 512)
     for name, package, build in (
         ("torchao int4, groups of 64", "torchao", torchao),
         ("optimum-quanto int4, groups of 64", "optimum.quanto", quanto),
+        ("SDNQ uint4, groups of 64", "sdnq.quantizer", sdnq),
         ("gguf Q4_0", "gguf", gguf),
         ("bitsandbytes NF4", "bitsandbytes", bitsandbytes),
     ):
@@ -200,7 +207,9 @@ def main() -> None:
     shapes = {f"{shape[0]}x{shape[1]}": compare(shape, arguments.rounds, peers) for shape in SHAPES}
     weights = sum(rows * columns for rows, columns in SHAPES)
     rate = weights / sum(results["seconds"] for results in shapes.values())
-    print(f"\nall shapes, native: {rate / 1e6:.1f} million weights per second; {FLUX_WEIGHTS / rate:.0f} s for 12 billion")
+    print(
+        f"\nall shapes, native: {rate / 1e6:.1f} million weights per second; {FLUX_WEIGHTS / rate:.0f} s for 12 billion"
+    )
     results = {
         "machine": machine | {"kernels": native.describe()[0]},
         "setting": {"codebook": "twin_log", "bits": BITS, "scope": "layer", "rotation": "hadamard"},

@@ -142,7 +142,9 @@ inline void accumulate(f64x2 *bins) {
     f64x2 before = {};
     for (int q = 1; q < 4; ++q) {
         before += sums[q - 1];
-        for (int64_t b = 0; b < QUARTER; ++b) bins[q * QUARTER + b] += before;
+        const f64x8 four = {before[0], before[1], before[0], before[1], before[0], before[1], before[0], before[1]};
+        f64x2 *quarter = bins + q * QUARTER;
+        for (int64_t b = 0; b < QUARTER; b += 4) store(quarter + b, load<f64x8>(quarter + b) + four);
     }
 }
 

@@ -133,9 +133,9 @@ def fold(transform: activation.InputTransform, weight: Tensor) -> Tensor:
 
     A kernel's additions have another order than the reference's matrix products: W~ agrees to float rounding.
     """
-    if transform.input_scale is not None:
-        weight = weight / transform.input_scale.float()
-    r = transform.rotation
-    if r.kind == "none":
+    r, scale = transform.rotation, transform.input_scale
+    if scale is not None and not bool((scale.abs() == 1).all()):  # signs are their own inverse; others have none
+        weight, scale = weight / scale.float(), None
+    if r.kind == "none" and scale is None:
         return weight.float()
-    return apply_transform(weight, None, None, r.kind, r.factors, r.block1, r.permutation, r.block2)
+    return apply_transform(weight, None, scale, r.kind, r.factors, r.block1, r.permutation, r.block2)
