@@ -17,6 +17,16 @@ struct Kernels {
     void (*quantized_linear)(const lrq_weight &, int64_t rows, const int8_t *codes, const float *scale, int out_type,
                              int threads, void *out);
     void (*weight_only_linear)(const lrq_weight &, int64_t rows, const float *x, int out_type, int threads, void *out);
+    void (*count_layer)(const lrq_matrix &, int64_t block_rows, int64_t part_blocks, int threads, double *bins,
+                        double *range);
+    void (*count_rows)(const lrq_matrix &, int threads, double *root_mean_square, double *bins, double *lowest,
+                       double *highest);
+    void (*fit_scales)(const lrq_matrix &, const int8_t *table, int64_t table_rows, int bits, const double *grid,
+                       int64_t coarse_count, int threads, float *row_scale);
+    void (*encode)(const lrq_matrix &, const int8_t *table, int64_t table_rows, int bits, const float *row_scale,
+                   int threads, uint8_t *codes);
+    void (*pack)(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
+                 uint8_t *used);
 };
 
 // Runs task(context, i) for i in [0, tasks) on up to `threads` threads, handed out in order as threads become free.

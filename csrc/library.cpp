@@ -160,6 +160,15 @@ void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, int t
     require(!w->table || w->table_rows == 1 || w->table_rows == w->out_features, "linear: the table has a wrong shape");
 }
 
+void check(const lrq_matrix *m) {
+    require(m && m->weight, "fit: the weight is missing");
+    require(m->rows > 0 && m->columns > 0 && m->columns < 1 << 30, "fit: rows or columns out of range");
+}
+
+void check_table(const int8_t *table, int64_t table_rows, int64_t rows) {
+    require(table && (table_rows == 1 || table_rows == rows), "fit: the table has a wrong shape");
+}
+
 struct Buffer {
     void *memory = nullptr;
     size_t size = 0;
@@ -299,5 +308,51 @@ int lrq_weight_only_linear(const lrq_weight *weight, int64_t rows, const float *
     return guarded([&] {
         check(weight, rows, x, out_type, threads, out);
         if (rows) kernels().weight_only_linear(*weight, rows, x, out_type, threads, out);
+    });
+}
+
+int lrq_count_layer(const lrq_matrix *matrix, int64_t block_rows, int64_t part_blocks, int threads, double *bins,
+                    double *range) {
+    return guarded([&] {
+        check(matrix);
+        require(block_rows > 0 && part_blocks > 0, "count_layer: blocks must have rows");
+        kernels().count_layer(*matrix, block_rows, part_blocks, threads, bins, range);
+    });
+}
+
+int lrq_count_rows(const lrq_matrix *matrix, int threads, double *root_mean_square, double *bins, double *lowest,
+                   double *highest) {
+    return guarded([&] {
+        check(matrix);
+        kernels().count_rows(*matrix, threads, root_mean_square, bins, lowest, highest);
+    });
+}
+
+int lrq_fit_scales(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows, int bits, const double *grid,
+                   int64_t coarse_count, int threads, float *row_scale) {
+    return guarded([&] {
+        check(matrix);
+        check_table(table, table_rows, matrix->rows);
+        require(bits >= 2 && bits <= 4 && coarse_count > 0, "fit_scales: bits must be 2, 3 or 4, the grid not empty");
+        kernels().fit_scales(*matrix, table, table_rows, bits, grid, coarse_count, threads, row_scale);
+    });
+}
+
+int lrq_encode(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows, int bits, const float *row_scale,
+               int threads, uint8_t *codes) {
+    return guarded([&] {
+        check(matrix);
+        check_table(table, table_rows, matrix->rows);
+        require((bits >= 2 && bits <= 4) || bits == 8, "encode: bits must be 2, 3, 4 or 8");
+        kernels().encode(*matrix, table, table_rows, bits, row_scale, threads, codes);
+    });
+}
+
+int lrq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
+             uint8_t *used) {
+    return guarded([&] {
+        require(rows >= 0 && columns >= 0, "pack: rows or columns out of range");
+        require((bits >= 2 && bits <= 4) || bits == 8, "pack: bits must be 2, 3, 4 or 8");
+        kernels().pack(codes, rows, columns, bits, threads, packed, used);
     });
 }

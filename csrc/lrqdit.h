@@ -48,6 +48,13 @@ typedef struct {
     int32_t bits;              /* 2, 3, 4 or 8 */
 } lrq_weight;
 
+/* A weight whose levels are fitted. */
+typedef struct {
+    const float *weight;      /* (rows, columns), finite */
+    int64_t rows, columns;
+    const double *importance; /* (columns), or NULL: 1 for all */
+} lrq_matrix;
+
 LRQ_EXPORT int lrq_abi_version(void);
 LRQ_EXPORT const char *lrq_last_error(void);
 
@@ -74,6 +81,24 @@ LRQ_EXPORT int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, cons
 /* out: (rows, N) of out_type = x w^T + bias, x float32 (rows, K). */
 LRQ_EXPORT int lrq_weight_only_linear(const lrq_weight *weight, int64_t rows, const float *x, int out_type, int threads,
                                       void *out);
+
+/* The layer's histogram, in parts of part_blocks blocks of block_rows rows: bins (parts, 2048, 2), the mass and the moment
+   of each bin; range (parts, 2), the lowest and the highest entry. See codebook.py for all of this. */
+LRQ_EXPORT int lrq_count_layer(const lrq_matrix *matrix, int64_t block_rows, int64_t part_blocks, int threads,
+                               double *bins, double *range);
+/* The rows' histograms: bins (2, rows, 2048); the others (rows). */
+LRQ_EXPORT int lrq_count_rows(const lrq_matrix *matrix, int threads, double *root_mean_square, double *bins,
+                              double *lowest, double *highest);
+/* row_scale: float32 (rows), searched on grid (25 coarse_count + 36) and polished; table (table_rows, 2^bits) for 2 to 4
+   bits, table_rows 1 or rows. */
+LRQ_EXPORT int lrq_fit_scales(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows, int bits,
+                              const double *grid, int64_t coarse_count, int threads, float *row_scale);
+/* codes: (rows, columns), of the levels nearest to weight / row_scale. */
+LRQ_EXPORT int lrq_encode(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows, int bits,
+                          const float *row_scale, int threads, uint8_t *codes);
+/* codes (rows, columns) -> packed, see lrq_weight; used: all codes or'ed together. */
+LRQ_EXPORT int lrq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
+                        uint8_t *used);
 
 #ifdef __cplusplus
 }

@@ -7,10 +7,10 @@ import lrqdit
 
 SOURCE = Path(lrqdit.__file__).parent
 FLOORS = [
-    {"errors", "config"},
+    {"errors", "config", "native"},
     {"codebook", "hadamard", "rotation", "activation", "packing"},
     {"ops"},
-    {"linear", "native"},
+    {"linear", "kernels"},
     {"models", "calibrate", "fit", "accounting", "checkpoint", "compensate"},
     {"diffusers_plugin", "inspection"},
     {"quantize", "pipelines"},

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lrqdit
-from lrqdit import native, ops, rotation
+from lrqdit import kernels, native, ops, rotation
 from lrqdit.errors import KernelError
 from lrqdit.linear import LinearFormat, QuantLinear
 from lrqdit.packing import pack, packed_shape
@@ -252,7 +252,7 @@ def test_every_thread_count_and_instruction_set_gives_the_same_bytes():
 
 def test_more_inputs_than_an_int32_sum_takes():
     """The last width the kernels take is exact even at the extremes; beyond it the reference runs."""
-    width = native.MAX_IN_FEATURES
+    width = kernels.MAX_IN_FEATURES
     packed, row_scale = torch.zeros(packed_shape(1, width, 8), dtype=torch.uint8), torch.ones(1)
     codes = torch.full((1, width), -128, dtype=torch.int8)
     for isa in ISAS:
@@ -336,7 +336,7 @@ package = types.ModuleType("lrqdit")  # without __init__.py, which imports diffu
 package.__path__ = sys.argv[1:]
 sys.modules["lrqdit"] = package
 import torch
-from lrqdit import native, ops
+from lrqdit import kernels, native, ops
 codes, _ = ops.quantize_tokens(torch.arange(8.0)[None], None, None, "none", [], None, None, None, 4, 1.0)
 print(native.LIBRARY and native.LIBRARY.lrq_isa().decode(), codes.tolist()[0][-1])
 """

@@ -1,6 +1,6 @@
 """Diffusion transformers at 2 to 4 bits: Twin-Log levels, adaptive rotations, real packing (arXiv 2508.03485)."""
 
-from lrqdit import codebook, native, rotation
+from lrqdit import codebook, kernels, native, rotation
 from lrqdit.accounting import measure_size
 from lrqdit.checkpoint import load_checkpoint, save_checkpoint
 from lrqdit.config import QuantizationConfig
@@ -17,6 +17,7 @@ __all__ = [
     "QuantLinear",
     "QuantizationConfig",
     "codebook",
+    "kernels",
     "load_checkpoint",
     "measure_size",
     "native",

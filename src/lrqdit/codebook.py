@@ -27,8 +27,8 @@ C(θ) = θ·A(θ) - M(θ), and up to the constant Σ d·u²,
 
 **The search** minimizes E over (lo, hi, η) of each half: a coarse grid, then ZOOMS times the 27 neighbours of the best
 point, the steps shrinking by ZOOM each time. The levels are scaled so that the largest becomes 127, and rounded; no two
-coincide. Given that table, each row's scale is searched on the row's own histogram, again with E, and polished by exact
-encoding and least squares, s = Σ d·w·t / Σ d·t², where that is better.
+coincide. Given that table, each row's scale is searched on the row's own histogram, again with E, coarsely and twice
+more finely, and polished by exact encoding and least squares, s = Σ d·w·t / Σ d·t², where that is better.
 
 **What the paper's released code does, and this avoids.** (1) It puts a weight of the other sign at 0 in log space, that
 is at magnitude 1, which decides the range of both halves: here a half sees its own entries only. (2) Its negative half
@@ -36,11 +36,15 @@ clamps to 2**(bits - 1), one code too many, nine levels at "3 bits": here there 
 absolute, from one grid for all: here lo, hi and η are relative to the row, so a constant times the weights is the same
 constant times the scales. Other deviations from the paper: zeros count in the positive half; a half without entries
 takes the other half's levels; levels are int8 instead of an integer shift and a fixed-point residue.
-Statistics are taken in numpy, on one thread and in blocks of rows: the result does not depend on the number of threads.
+
+**The same bits everywhere.** The numpy code here is the reference. The native library (csrc/fit.h) counts, searches
+scales and encodes by the same operations in the same order, so that the result is the same with or without it, on every
+instruction set and for any number of threads. That is why sums have a fixed order (over a row in LANES lanes, over rows
+in blocks and parts), and why exp and log are left to numpy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
 
@@ -49,6 +53,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lrqdit import native
 from lrqdit.errors import ConfigError, NumericalError
 
 Floats = NDArray[np.float64]
@@ -58,7 +63,12 @@ BITS = (2, 3, 4, 8)
 SCOPES = ("layer", "row")
 BINS = 1024  # of each half of the histogram
 BLOCK_ROWS, BLOCK_ELEMENTS = 128, 1 << 18
+PARTS = 64  # at most, of a layer's histogram
+LANES = 16  # of a sum over a row
 ZOOMS, ZOOM = 8, 0.6
+# Scales are searched on the grid base · 2^(i / FINENESS), in coarse steps, then in MIDDLE times smaller ones, twice.
+FINENESS, COARSE, MIDDLE = 150, 25, 5
+MARGIN = COARSE + MIDDLE
 POLISHES = 1
 LLOYD_STEPS = 64
 # Twice the midpoint of two int8 levels is an integer, so floor(2 w / scale), kept to -256 ... 255, decides the code.
@@ -85,6 +95,8 @@ class Codebook:
         decided on w / row_scale rounded to float32. A row of scale 0 decodes to 0 whatever its codes are.
         """
         self._check_rows("encode", weight)
+        if native.LIBRARY is not None and weight.device.type == "cpu" and weight.numel():
+            return self._encode_natively(weight.detach().float().contiguous())
         slots = weight.detach().float() / torch.where(self.row_scale == 0, 1.0, self.row_scale)[:, None]
         slots = slots.mul_(2).floor_().clamp_(-SLOTS // 2, SLOTS // 2 - 1).add_(SLOTS // 2)
         return _look_up(self._code_of_slot, slots.to(torch.int32))
@@ -97,6 +109,14 @@ class Codebook:
     def quantize(self, weight: Tensor) -> Tensor:
         """Return decode(encode(weight)): the weight as it is deployed, float32 (out, columns)."""
         return self.decode(self.encode(weight))
+
+    def _encode_natively(self, weight: Tensor) -> Tensor:
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        matrix = native.Matrix(weight.data_ptr(), *weight.shape, None)
+        table, row_scale = self.table.contiguous(), self.row_scale.contiguous()
+        threads = torch.get_num_threads()
+        native.call("lrq_encode", matrix, table, len(table), self.bits, row_scale, threads, codes)
+        return codes
 
     @cached_property
     def _code_of_slot(self) -> Tensor:
@@ -119,8 +139,8 @@ class Histogram:
     """Weights divided by their row's root mean square, counted in G groups: rows, or the layer as a whole."""
 
     bins: Floats  # (2, G, 2 · BINS): mass Σ d and moment Σ d·u of each bin, the negative half first
-    lowest: Floats  # (G,), the smallest u
-    highest: Floats  # (G,), the largest u
+    lowest: Floats  # (G,), the smallest u, at most 0
+    highest: Floats  # (G,), the largest u, at least 0
 
 
 def fit_twin_log(histogram: Histogram, bits: int) -> tuple[Integers, None]:
@@ -135,9 +155,8 @@ def fit_uniform(histogram: Histogram, bits: int) -> tuple[Integers, None]:
 
 def fit_minmax(histogram: Histogram, bits: int) -> tuple[Integers, Floats]:
     """Round to nearest from the row's smallest to its largest weight: code - zero_point, an integer, times a step."""
-    lowest, highest = np.minimum(histogram.lowest, 0), np.maximum(histogram.highest, 0)
-    step = (highest - lowest) / (2**bits - 1)
-    zero_point = np.rint(-lowest / np.where(step > 0, step, 1))
+    step = (histogram.highest - histogram.lowest) / (2**bits - 1)
+    zero_point = np.rint(-histogram.lowest / np.where(step > 0, step, 1))
     return (np.arange(2**bits) - zero_point[:, None]).astype(np.int8), step
 
 
@@ -208,20 +227,22 @@ def fit(
     matrix = _read_matrix("fit", weight)
     columns = _read_importance("fit", importance, matrix.shape[1])
     kind, fit_table = ("uniform", fit_absmax) if bits == 8 else (kind, CODEBOOKS[kind])
-    shared = None
     if scope == "layer" and fit_table not in (fit_minmax, fit_absmax):
-        shared = fit_table(_count_layer(matrix, columns), bits)
-    tables, scales = [], []
-    for rows in _blocks(matrix):
-        root_mean_square, histogram = _count_rows(matrix[rows], columns)
-        table, steps = shared or fit_table(histogram, bits)
-        units = _search_scales(histogram, table) if steps is None else steps
-        scale = torch.from_numpy((units * root_mean_square).astype(np.float32))
-        codebook = Codebook(kind, bits, torch.from_numpy(table), scale)
-        tables.append(codebook.table)
-        scales.append(scale if steps is not None else _polish_scales(codebook, torch.from_numpy(matrix[rows]), columns))
-    table = torch.cat(tables if bool((torch.cat(tables) != tables[0][0]).any()) else [tables[0][:1]])
-    return Codebook(kind, bits, table.to(weight.device), torch.cat(scales).to(weight.device))
+        levels, _ = fit_table(_count_layer(matrix, columns), bits)
+        table, scale = torch.from_numpy(levels), _fit_scales(matrix, columns, levels)
+    else:
+        tables, scales = [], []
+        for rows in _blocks(matrix):
+            root_mean_square, histogram = _count_rows(matrix[rows], columns)
+            levels, steps = fit_table(histogram, bits)
+            tables.append(torch.from_numpy(levels))
+            if steps is None:
+                scales.append(_fit_scales(matrix[rows], columns, levels))
+            else:
+                scales.append(torch.from_numpy((steps * root_mean_square).astype(np.float32)))
+        table, scale = torch.cat(tables), torch.cat(scales)
+        table = table if bool((table != table[0]).any()) else table[:1]
+    return Codebook(kind, bits, table.to(weight.device), scale.to(weight.device))
 
 
 def relative_error(weight: Tensor, codebook: Codebook, importance: Tensor | None = None) -> float:
@@ -251,35 +272,83 @@ def _blocks(matrix: NDArray[np.float32]) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(matrix), size)]
 
 
+def _sum_columns(products: Floats) -> Floats:
+    """Return the sums (R,) over columns: in LANES lanes from left to right, then the last lanes onto the first."""
+    whole = products.shape[1] // LANES * LANES
+    lanes = products[:, :whole].reshape(len(products), -1, LANES).sum(1)  # not along the fastest axis: one by one
+    lanes[:, : products.shape[1] - whole] += products[:, whole:]
+    while lanes.shape[1] > 1:
+        lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+    return lanes[:, 0]
+
+
+def _measure_rows(rows: NDArray[np.float32]) -> tuple[Floats, Floats]:
+    """Return each row's root mean square (R,) and the rows in units of it, u."""
+    units = rows.astype(np.float64)
+    root_mean_square = np.sqrt(_sum_columns(np.square(units)) / units.shape[1])
+    units *= (1 / np.where(root_mean_square > 0, root_mean_square, 1))[:, None]
+    return root_mean_square, units
+
+
+def _find_bins(units: Floats) -> NDArray[np.int64]:
+    return (BINS * (1 + units / (1 + np.abs(units)))).astype(np.int64)
+
+
 def _count_rows(rows: NDArray[np.float32], columns: Floats) -> tuple[Floats, Histogram]:
     """Return each row's root mean square (R,) and its histogram."""
-    units = rows.astype(np.float64)
-    root_mean_square = np.sqrt(np.einsum("ij,ij->i", units, units) / units.shape[1])
-    units /= np.where(root_mean_square > 0, root_mean_square, 1)[:, None]
-    index = (BINS * (1 + units / (1 + np.abs(units)))).astype(np.int64)
+    if native.LIBRARY is not None:
+        return _count_rows_natively(rows, columns)
+    root_mean_square, units = _measure_rows(rows)
+    index, size = _find_bins(units), len(rows) * 2 * BINS
     index += np.arange(len(rows))[:, None] * (2 * BINS)
-    index, size = index.ravel(), len(rows) * 2 * BINS
-    mass = np.bincount(index, np.broadcast_to(columns, units.shape).ravel(), size)
-    moment = np.bincount(index, (units * columns).ravel(), size)
-    bins = np.stack([mass, moment]).reshape(2, len(rows), -1)
-    return root_mean_square, Histogram(bins, units.min(1), units.max(1))
+    weights = np.broadcast_to(columns, units.shape), columns * units
+    bins = np.stack([np.bincount(index.ravel(), w.ravel(), size) for w in weights]).reshape(2, len(rows), -1)
+    return root_mean_square, Histogram(bins, np.minimum(units.min(1), 0), np.maximum(units.max(1), 0))
+
+
+def _count_rows_natively(rows: NDArray[np.float32], columns: Floats) -> tuple[Floats, Histogram]:
+    bins, (root_mean_square, lowest, highest) = np.empty((2, len(rows), 2 * BINS)), np.empty((3, len(rows)))
+    threads = torch.get_num_threads()
+    native.call("lrq_count_rows", _describe(rows, columns), threads, root_mean_square, bins, lowest, highest)
+    return root_mean_square, Histogram(bins, lowest, highest)
 
 
 def _count_layer(matrix: NDArray[np.float32], columns: Floats) -> Histogram:
-    """Return the sum of the rows' histograms, each times the row's energy, as one group."""
-    bins, lowest, highest = np.zeros((2, 1, 2 * BINS)), np.zeros(1), np.zeros(1)
-    for rows in _blocks(matrix):
-        root_mean_square, histogram = _count_rows(matrix[rows], columns)
-        bins += (histogram.bins * np.square(root_mean_square)[:, None]).sum(1, keepdims=True)
-        lowest = np.minimum(lowest, histogram.lowest.min())
-        highest = np.maximum(highest, histogram.highest.max())
-    return Histogram(bins, lowest, highest)
+    """Return the histogram of all rows as one group, every entry times its row's energy, the mean square."""
+    blocks = _blocks(matrix)
+    part_blocks = -(-len(blocks) // PARTS)
+    parts = -(-len(blocks) // part_blocks)
+    bins, ends = np.zeros((parts, 2 * BINS, 2)), np.zeros((parts, 2))
+    if native.LIBRARY is not None:
+        block_rows, threads = blocks[0].stop, torch.get_num_threads()
+        native.call("lrq_count_layer", _describe(matrix, columns), block_rows, part_blocks, threads, bins, ends)
+    else:
+        for number, rows in enumerate(blocks):
+            part = number // part_blocks
+            root_mean_square, units = _measure_rows(matrix[rows])
+            index, mass = _find_bins(units).ravel(), np.square(root_mean_square)[:, None] * columns
+            for moment, weights in enumerate((mass, mass * units)):
+                bins[part, :, moment] += np.bincount(index, weights.ravel(), 2 * BINS)
+            ends[part] = min(units.min(), ends[part, 0]), max(units.max(), ends[part, 1])
+    total = bins[0]
+    for part in bins[1:]:
+        total += part
+    return Histogram(
+        np.ascontiguousarray(total.T)[:, None], ends[:, 0].min(keepdims=True), ends[:, 1].max(keepdims=True)
+    )
+
+
+def _describe(matrix: NDArray[np.float32], columns: Floats) -> native.Matrix:
+    """A matrix and its columns' importance for the native library, which does without one that is 1 throughout."""
+    return native.Matrix(matrix.ctypes.data, *matrix.shape, columns.ctypes.data if (columns != 1).any() else None)
 
 
 def _accumulate(bins: Floats) -> Floats:
-    """Return the sums below each edge of the bins, (2, G, bins + 1)."""
+    """Return the sums below each edge of the bins, (2, G, bins + 1): of each quarter, plus the quarters before it."""
     below = np.zeros((*bins.shape[:2], bins.shape[2] + 1))
-    np.cumsum(bins, 2, out=below[..., 1:])
+    quarters = np.cumsum(bins.reshape(*bins.shape[:2], 4, -1), 3)
+    quarters[:, :, 1:] += np.cumsum(quarters[..., -1], 2)[:, :, :-1, None]
+    below[..., 1:] = quarters.reshape(bins.shape)
     return below
 
 
@@ -347,31 +416,70 @@ def _round_levels(levels: Floats) -> Integers:
     return np.minimum(table, 127 - order[::-1]).astype(np.int8)
 
 
-def _search_scales(histogram: Histogram, table: Integers) -> Floats:
-    """Return the scale (R,) of each row, in units of its root mean square, with the smallest E given its table."""
-    below = _accumulate(histogram.bins)
-    largest = np.maximum(np.maximum(histogram.highest, -histogram.lowest), 1)
-    spacing = np.log(8 * largest) / 31  # the largest level: half the root mean square to 4 times the largest weight
-    best = 0.5 / np.abs(table).max(1)
-    for offsets in (np.arange(32), np.arange(-5, 6) / 5, np.arange(-5, 6) / 25):
-        scales = best[:, None] * np.exp(spacing[:, None] * offsets)
-        errors = _measure_levels(below, scales[..., None] * table[:, None, :], BINS)
-        best = np.take_along_axis(scales, errors.argmin(1)[:, None], 1)[:, 0]
-    return best
+def _fit_scales(matrix: NDArray[np.float32], columns: Floats, table: Integers) -> Tensor:
+    """Return each row's scale, float32 (R,), searched and polished, for a table (1 or R, n)."""
+    # The largest level is searched from half the root mean square to 4 times the largest weight, at most sqrt(columns).
+    coarse_count = int(FINENESS / COARSE * np.log2(8 * np.sqrt(matrix.shape[1]))) + 2
+    grid = np.exp2(np.arange(-MARGIN, (coarse_count - 1) * COARSE + MARGIN + 1) / FINENESS)
+    if native.LIBRARY is not None:
+        table, bits, scale = np.ascontiguousarray(table), table.shape[1].bit_length() - 1, torch.empty(len(matrix))
+        description, threads = _describe(matrix, columns), torch.get_num_threads()
+        native.call("lrq_fit_scales", description, table, len(table), bits, grid, coarse_count, threads, scale)
+        return scale
+    scales = []
+    for rows in _blocks(matrix):
+        levels = table if len(table) == 1 else table[rows]
+        root_mean_square, histogram = _count_rows(matrix[rows], columns)
+        scale = (_search_scales(histogram, levels, grid) * root_mean_square).astype(np.float32)
+        scales.append(_polish_scales(scale, levels, matrix[rows], columns))
+    return torch.from_numpy(np.concatenate(scales))
 
 
-def _polish_scales(codebook: Codebook, rows: Tensor, columns: Floats) -> Tensor:
+def _search_scales(histogram: Histogram, table: Integers, grid: Floats) -> Floats:
+    """Return the scale (R,) of each row, in units of its root mean square, with the smallest E given its table.
+
+    For levels t times a scale s, E(s) = s² · (Σ d·t² from the histogram) - 2 s · (Σ d·t·u from the histogram).
+    """
+    mass, moment = _accumulate(histogram.bins)
+    first_edges = np.arange(len(mass))[:, None] * mass.shape[1] + BINS
+    levels = table.astype(np.float64)
+    top, base = levels[:, -1:], (0.5 / np.abs(levels).max(1))[:, None]
+    gaps, midpoints = np.diff(levels), (levels[:, 1:] + levels[:, :-1]) / 2
+    limit = 8 * np.maximum(np.maximum(histogram.highest, -histogram.lowest), 1)[:, None]
+    best = np.full((len(mass), 1), MARGIN)
+    coarse, around = np.arange(0, len(grid) - 2 * MARGIN, COARSE), np.arange(-MIDDLE, MIDDLE + 1)
+    for offsets in (coarse[grid[MARGIN + coarse] <= limit.max()], around * (COARSE // MIDDLE), around):
+        index = best + offsets
+        scales = base * grid[index]
+        square, product = (top * top) * mass[:, -1:], top * moment[:, -1:]
+        for k in range(levels.shape[1] - 1):
+            gap, midpoint = gaps[:, k : k + 1], midpoints[:, k : k + 1]
+            edge = _find_edge(midpoint * scales) + first_edges
+            square = square - (2 * gap * midpoint) * mass.ravel().take(edge)
+            product = product - gap * moment.ravel().take(edge)
+        errors = scales * (scales * square - 2 * product)
+        if offsets[0] == 0:
+            errors[grid[index] > limit] = np.inf
+        best = np.take_along_axis(index, errors.argmin(1)[:, None], 1)
+    return (base * grid[best])[:, 0]
+
+
+def _polish_scales(
+    scale: NDArray[np.float32], table: Integers, rows: NDArray[np.float32], columns: Floats
+) -> NDArray[np.float32]:
     """Return the best of each row's scale and POLISHES least-squares scales, each given the codes of the one before."""
-    scale = best = codebook.row_scale.numpy()
-    smallest = np.full(len(rows), np.inf)
+    best, smallest = scale, np.full(len(rows), np.inf)
+    levels, bits = torch.from_numpy(table), table.shape[1].bit_length() - 1
     for _ in range(POLISHES + 1):
-        quantized = replace(codebook, row_scale=torch.from_numpy(scale)).quantize(rows).numpy()
-        weighted = quantized * columns
-        square, product = np.einsum("ij,ij->i", weighted, quantized), np.einsum("ij,ij->i", weighted, rows.numpy())
-        is_better = square - 2 * product < smallest
-        best, smallest = np.where(is_better, scale, best), np.where(is_better, square - 2 * product, smallest)
-        scale = (scale * np.where(product > 0, product / np.where(square > 0, square, 1), 1)).astype(np.float32)
-    return torch.from_numpy(best)
+        codes = Codebook("", bits, levels, torch.from_numpy(scale)).encode(torch.from_numpy(rows))
+        nearest = _look_up(levels, codes.to(torch.int32)).numpy()
+        weighted = nearest * columns
+        square, product = _sum_columns(weighted * nearest), _sum_columns(weighted * rows)
+        error = scale.astype(np.float64) * (scale.astype(np.float64) * square - 2 * product)
+        best, smallest = np.where(error < smallest, scale, best), np.minimum(error, smallest)
+        better = (product / np.where(square > 0, square, 1)).astype(np.float32)
+        scale = np.where(product > 0, better, scale)
+    return best
 
 
 def _read_matrix(operation: str, weight: Tensor) -> NDArray[np.float32]:
@@ -379,7 +487,7 @@ def _read_matrix(operation: str, weight: Tensor) -> NDArray[np.float32]:
         found, allowed = f"{weight.dtype} of shape {tuple(weight.shape)}", "a nonempty floating-point matrix (out, in)"
         raise ConfigError(f"codebook.{operation}: weight is {found}; pass {allowed}")
     matrix = weight.detach().to("cpu", torch.float32).contiguous()
-    if not torch.isfinite(matrix).all():
+    if not all(map(torch.isfinite, matrix.aminmax())):
         raise NumericalError(f"codebook.{operation}: weight contains NaN or Inf; check the checkpoint, or its dtype")
     return matrix.numpy()
 

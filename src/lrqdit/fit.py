@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrqdit import codebook, rotation
+from lrqdit import codebook, ops, rotation
 from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
 from lrqdit.calibrate import ActivationStats
 from lrqdit.compensate import round_weight
@@ -123,7 +123,7 @@ def choose_transform(
             transform = InputTransform(
                 rotation.Rotation.from_tensors(kind, len(mean), built.factors, built.tensors()), offset, stored
             )
-            folded = transform.fold(rows)
+            folded = ops.fold(transform, rows)
             levels = _fit_levels(name, folded, weight_bits, config)
             transform, error = _fit_clip(
                 transform, transform.apply(x), levels.quantize(folded), target, varying, activation_bits, config
@@ -225,7 +225,7 @@ def quantize_linear(
     """
     check_finite(name, weight, bias)
     weight = weight.detach().cpu().float()
-    folded = transform.fold(weight)
+    folded = ops.fold(transform, weight)
     levels = _fit_levels(name, folded, weight_bits, config)
     new_bias = None if bias is None else bias.detach().cpu().float()
     if transform.input_offset is not None:

@@ -1,12 +1,13 @@
 """The operators of a quantized linear layer: schemas, fake tensors, and the plain-torch reference of every kernel.
 
 ========================================  ==============================================================================
+``lrqdit::apply_transform``               x -> centred, smoothed and rotated x in float32; also folds a weight
 ``lrqdit::quantize_tokens``               x -> int8 codes and one step per token (centre, smooth, rotate, clip, round)
 ``lrqdit::quantized_linear``              int8 codes x packed weights -> output (integer product, scales, bias)
 ``lrqdit::weight_only_linear``            the transformed x in float32 x packed weights -> output
 ========================================  ==============================================================================
 
-The first two are separate so that layers which read the same tensor (q, k and v) quantize it once. The reference
+``quantize_tokens`` is separate so that layers which read the same tensor (q, k and v) quantize it once. The reference
 implementations here run on every device; a kernel registers itself for one dispatch key and must agree with them: the
 integer part exactly, the rest to float rounding.
 """
@@ -26,6 +27,7 @@ _WEIGHT = "Tensor packed, Tensor? table, Tensor row_scale, Tensor? bias, int bit
 ROWS_PER_CHUNK = 2048
 
 LIBRARY = torch.library.Library("lrqdit", "DEF")
+LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
 LIBRARY.define(f"quantize_tokens({_TRANSFORM}, int bits, float clip) -> (Tensor, Tensor)")
 LIBRARY.define(f"quantized_linear(Tensor codes, Tensor scale, {_WEIGHT}) -> Tensor")
 LIBRARY.define(f"weight_only_linear({_TRANSFORM}, {_WEIGHT}) -> Tensor")
@@ -62,15 +64,16 @@ def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     return sum((part.int() for part in parts), torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device))
 
 
-def _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
+def reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
     parts = Rotation(rotation, x.shape[-1], tuple(factors), None, block1, block2, permutation)
+    x = x.clone() if rotation == "none" else x  # an operator must not return its input
     return activation.InputTransform(parts, input_offset, input_scale).apply(x)
 
 
 def reference_quantize_tokens(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip
 ) -> tuple[Tensor, Tensor]:
-    x = _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    x = reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
     return activation.quantize_tokens(x.contiguous(), bits, clip)
 
 
@@ -84,15 +87,21 @@ def reference_weight_only_linear(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2,
     packed, table, row_scale, bias, bits, out_dtype,
 ) -> Tensor:  # fmt: skip
-    x = _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    x = reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
     weight = decode_weight(packed, table, x.shape[1], row_scale.shape[0], bits)
     y = torch.nn.functional.linear(x, weight.float()).mul_(row_scale)
     return (y if bias is None else y.add_(bias)).to(out_dtype)
 
 
+LIBRARY.impl("apply_transform", reference_apply_transform, "CompositeExplicitAutograd")
 LIBRARY.impl("quantize_tokens", reference_quantize_tokens, "CompositeExplicitAutograd")
 LIBRARY.impl("quantized_linear", reference_quantized_linear, "CompositeExplicitAutograd")
 LIBRARY.impl("weight_only_linear", reference_weight_only_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lrqdit::apply_transform", lib=LIBRARY)
+def _(x, input_offset, input_scale, rotation, factors, block1, permutation, block2):
+    return x.new_empty(x.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("lrqdit::quantize_tokens", lib=LIBRARY)
@@ -113,6 +122,20 @@ def _(
     return x.new_empty(x.shape[0], row_scale.shape[0], dtype=out_dtype)
 
 
+apply_transform = torch.ops.lrqdit.apply_transform.default
 quantize_tokens = torch.ops.lrqdit.quantize_tokens.default
 quantized_linear = torch.ops.lrqdit.quantized_linear.default
 weight_only_linear = torch.ops.lrqdit.weight_only_linear.default
+
+
+def fold(transform: activation.InputTransform, weight: Tensor) -> Tensor:
+    """:meth:`InputTransform.fold` by the kernel of the weight's device: W~ = (W / m) R, float32.
+
+    A kernel's additions have another order than the reference's matrix products: W~ agrees to float rounding.
+    """
+    r, scale = transform.rotation, transform.input_scale
+    if scale is not None and not bool((scale.abs() == 1).all()):  # signs are their own inverse; others have none
+        weight, scale = weight / scale.float(), None
+    if r.kind == "none" and scale is None:
+        return weight.float()
+    return apply_transform(weight, None, scale, r.kind, r.factors, r.block1, r.permutation, r.block2)

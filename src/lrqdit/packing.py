@@ -20,6 +20,7 @@ Channels beyond the layer's own are padded with code 0. Tiles are stored in the 
 import torch
 from torch import Tensor
 
+from lrqdit import native
 from lrqdit.errors import ConfigError
 
 TILE = 16
@@ -39,8 +40,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ConfigError: for unsupported bits or a code that does not fit.
     """
     out_tiles, in_tiles, tile_bytes = packed_shape(*codes.shape, bits)
-    if codes.numel() and int(codes.max()) >= 1 << bits:
-        raise ConfigError(f"pack: code {int(codes.max())} does not fit {bits} bits; codes must be below {1 << bits}")
+    if native.LIBRARY is not None and codes.device.type == "cpu":
+        packed = torch.empty(out_tiles, in_tiles, tile_bytes, dtype=torch.uint8)
+        used = torch.empty(1, dtype=torch.uint8)
+        native.call("lrq_pack", codes.contiguous(), *codes.shape, bits, torch.get_num_threads(), packed, used)
+        _check_codes(codes, int(used), bits)
+        return packed
+    _check_codes(codes, int(codes.max()) if codes.numel() else 0, bits)
     padded = torch.zeros(out_tiles * TILE, in_tiles * TILE, dtype=torch.uint8, device=codes.device)
     padded[: codes.shape[0], : codes.shape[1]] = codes
     # (output tile, lane j, position p, input tile, k) -> (output tile, input tile, p, 16 j + k)
@@ -87,3 +93,9 @@ def unpack(packed: Tensor, out_features: int, in_features: int, bits: int) -> Te
 def _check_bits(bits: int) -> None:
     if bits not in PACKED_BITS:
         raise ConfigError(f"packing: bits={bits!r} is not supported; use one of {PACKED_BITS}")
+
+
+def _check_codes(codes: Tensor, largest: int, bits: int) -> None:
+    """largest: at least 2**bits if and only if a code is."""
+    if largest >= 1 << bits:
+        raise ConfigError(f"pack: code {int(codes.max())} does not fit {bits} bits; codes must be below {1 << bits}")

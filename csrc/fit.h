@@ -1,0 +1,430 @@
+// Fitting levels: statistics and histograms of rows, the search for a row's scale, codes, and their packing. All of it is
+// codebook.py and packing.py once more: the same operations in the same order, so the same bits.
+#pragma once
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace lrq {
+namespace LRQ_ISA {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef double f64x2 __attribute__((vector_size(16)));
+typedef double f64x8 __attribute__((vector_size(64)));
+typedef int64_t i64x8 __attribute__((vector_size(64)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint64_t u64x2 __attribute__((vector_size(16)));
+
+// As in codebook.py.
+constexpr int64_t BINS = 1024, QUARTER = BINS / 2;
+constexpr int64_t COARSE = 25, MIDDLE = 5, MARGIN = COARSE + MIDDLE;
+constexpr int64_t POLISHES = 1, SLOTS = 512;
+
+LRQ_INLINE f32x16 splat16(float x) { return x - f32x16{}; }
+
+// body(k, values, count) for 16 entries of a row at a time; the last may be fewer, with zeros behind them.
+template <class Body> LRQ_INLINE void for_sixteens(const float *row, int64_t columns, Body &&body) {
+    int64_t k = 0;
+    for (; k + 16 <= columns; k += 16) body(k, row + k, std::integral_constant<int, 16>{});
+    if (k == columns) return;
+    float rest[16] = {};
+    __builtin_memcpy(rest, row + k, sizeof(float) * (columns - k));
+    body(k, rest, static_cast<int>(columns - k));
+}
+
+LRQ_INLINE f64x8 widen(const float *values) { return __builtin_convertvector(load<f32x8>(values), f64x8); }
+
+LRQ_INLINE f64x8 magnitude(f64x8 v) { return (f64x8)((i64x8)v & 0x7fffffffffffffff); }
+
+// 16 lanes, the last ones first onto the others, until one is left.
+LRQ_INLINE double sum_lanes(f64x8 low, f64x8 high) {
+    double lanes[8];
+    store(lanes, low + high);
+    for (int half = 4; half; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+struct RowStatistics {
+    double root_mean_square, inverse;  // the inverse of 0 is 1
+    double lowest, highest;            // of the row and 0, in units of the root mean square
+};
+
+inline RowStatistics measure_row(const float *row, int64_t columns) {
+    f64x8 squares[2] = {};
+    f32x16 low = {}, high = {};
+    for_sixteens(row, columns, [&](int64_t, const float *values, auto) LRQ_LAMBDA {
+        const f32x16 v = load<f32x16>(values);
+        low = v < low ? v : low;
+        high = v > high ? v : high;
+        unroll<2>([&](auto i) LRQ_LAMBDA {
+            const f64x8 w = widen(values + 8 * i);
+            squares[i] += w * w;
+        });
+    });
+    float lowest = 0, highest = 0;
+    for (int i = 0; i < 16; ++i) {
+        lowest = low[i] < lowest ? low[i] : lowest;
+        highest = high[i] > highest ? high[i] : highest;
+    }
+    RowStatistics s;
+    s.root_mean_square = __builtin_sqrt(sum_lanes(squares[0], squares[1]) / static_cast<double>(columns));
+    s.inverse = 1 / (s.root_mean_square > 0 ? s.root_mean_square : 1);
+    s.lowest = lowest * s.inverse, s.highest = highest * s.inverse;
+    return s;
+}
+
+// Adds (mass, moment) of each entry, its importance times `energy`, to its bin.
+inline void count_row(const float *row, const lrq_matrix &m, double inverse, double energy, f64x2 *bins) {
+    for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto count) LRQ_LAMBDA {
+        double mass[16], moment[16];
+        int32_t index[16];
+        unroll<2>([&](auto i) LRQ_LAMBDA {
+            const f64x8 units = widen(values + 8 * i) * inverse;
+            const f64x8 place = (1 + units / (1 + magnitude(units))) * BINS;
+            store(index + 8 * i, __builtin_convertvector(place, i32x8));
+            f64x8 weights = energy - (f64x8){};
+            if (m.importance) {
+                for (int j = 0; j < 8; ++j)
+                    if (8 * i + j < count) weights[j] *= m.importance[k + 8 * i + j];
+                store(mass + 8 * i, weights);
+            }
+            store(moment + 8 * i, weights * units);
+        });
+        for (int i = 0; i < count; ++i) bins[index[i]] += (f64x2){m.importance ? mass[i] : energy, moment[i]};
+    });
+}
+
+inline f64x2 *clear(f64x2 *bins, int64_t count) {
+    __builtin_memset(bins, 0, sizeof(f64x2) * count);
+    return bins;
+}
+
+inline void count_layer(const lrq_matrix &m, int64_t block_rows, int64_t part_blocks, int threads, double *bins,
+                        double *range) {
+    const int64_t part_rows = block_rows * part_blocks;
+    parallel_for(threads, ceil_div(m.rows, part_rows), [&](int64_t part) {
+        f64x2 *block = static_cast<f64x2 *>(scratch(SLOT_SUMS, sizeof(f64x2) * 2 * BINS));
+        double *sums = bins + part * 4 * BINS, *ends = range + 2 * part;
+        __builtin_memset(sums, 0, sizeof(double) * 4 * BINS);
+        ends[0] = ends[1] = 0;
+        const int64_t stop = least((part + 1) * part_rows, m.rows);
+        for (int64_t first = part * part_rows; first < stop; first += block_rows) {
+            clear(block, 2 * BINS);
+            for (int64_t i = first; i < least(first + block_rows, stop); ++i) {
+                const float *row = m.weight + i * m.columns;
+                const RowStatistics s = measure_row(row, m.columns);
+                count_row(row, m, s.inverse, s.root_mean_square * s.root_mean_square, block);
+                ends[0] = s.lowest < ends[0] ? s.lowest : ends[0];
+                ends[1] = s.highest > ends[1] ? s.highest : ends[1];
+            }
+            for (int64_t b = 0; b < 2 * BINS; ++b)
+                store(sums + 2 * b, load<f64x2>(sums + 2 * b) + block[b]);
+        }
+    });
+}
+
+inline void count_rows(const lrq_matrix &m, int threads, double *root_mean_square, double *bins, double *lowest,
+                       double *highest) {
+    parallel_for(threads, m.rows, [&](int64_t i) {
+        f64x2 *pairs = clear(static_cast<f64x2 *>(scratch(SLOT_SUMS, sizeof(f64x2) * 2 * BINS)), 2 * BINS);
+        const float *row = m.weight + i * m.columns;
+        const RowStatistics s = measure_row(row, m.columns);
+        count_row(row, m, s.inverse, 1, pairs);
+        root_mean_square[i] = s.root_mean_square, lowest[i] = s.lowest, highest[i] = s.highest;
+        double *mass = bins + i * 2 * BINS, *moment = mass + m.rows * 2 * BINS;
+        for (int64_t b = 0; b < 2 * BINS; ++b) mass[b] = pairs[b][0], moment[b] = pairs[b][1];
+    });
+}
+
+// Entry b becomes the sum of all up to it: each quarter by itself, then the quarters before it.
+inline void accumulate(f64x2 *bins) {
+    f64x2 sums[4] = {};
+    for (int64_t b = 0; b < QUARTER; ++b)
+        unroll<4>([&](auto q) LRQ_LAMBDA { bins[q * QUARTER + b] = sums[q] += bins[q * QUARTER + b]; });
+    f64x2 before = {};
+    for (int q = 1; q < 4; ++q) {
+        before += sums[q - 1];
+        const f64x8 four = {before[0], before[1], before[0], before[1], before[0], before[1], before[0], before[1]};
+        f64x2 *quarter = bins + q * QUARTER;
+        for (int64_t b = 0; b < QUARTER; b += 4) store(quarter + b, load<f64x8>(quarter + b) + four);
+    }
+}
+
+// The entries of a 16-entry table at 16 indices.
+LRQ_INLINE f32x16 pick(f32x16 table, i32x16 index) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#else
+    f32x16 out;
+    float entries[16];
+    store(entries, table);
+    for (int i = 0; i < 16; ++i) out[i] = entries[index[i]];
+    return out;
+#endif
+}
+
+// Up to 16 ascending levels.
+struct Levels {
+    f32x16 values, thresholds;  // threshold i, of i > 0, divides the levels i - 1 and i
+
+    Levels(const int8_t *table, int count) : values{}, thresholds{} {
+        for (int i = 0; i < count; ++i) values[i] = table[i];
+        for (int i = 1; i < count; ++i) thresholds[i] = 0.5f * static_cast<float>(table[i] + table[i - 1]);
+    }
+
+    // The number of thresholds not above v.
+    template <int BITS> LRQ_INLINE i32x16 find(f32x16 v) const {
+        i32x16 codes = {};
+#if defined(__AVX512F__)
+        unroll<BITS>([&](auto i) LRQ_LAMBDA {
+            const i32x16 upper = codes + (1 << (BITS - 1 - i));
+            codes = v >= pick(thresholds, upper) ? upper : codes;
+        });
+#else
+        for (int i = 1; i < 1 << BITS; ++i) codes -= v >= splat16(thresholds[i]);
+#endif
+        return codes;
+    }
+};
+
+// body(bits as a compile-time constant), 2, 3 or 4
+template <class Body> LRQ_INLINE void with_bits(int bits, Body &&body) {
+    switch (bits) {
+        case 2: return body(std::integral_constant<int, 2>{});
+        case 3: return body(std::integral_constant<int, 3>{});
+        default: return body(std::integral_constant<int, 4>{});
+    }
+}
+
+// What the error of a row's levels is made of: E = scale (scale square - 2 product).
+struct Moments {
+    double square, product;
+
+    double error(double scale) const { return scale * (scale * square - 2 * product); }
+};
+
+// Σ d t^2 and Σ d t w of the nearest levels.
+template <int BITS> Moments measure_codes(const float *row, const lrq_matrix &m, const Levels &levels, float scale) {
+    const f32x16 divisor = splat16(scale == 0 ? 1 : scale);
+    f64x8 squares[2] = {}, products[2] = {};
+    for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto count) LRQ_LAMBDA {
+        float nearest[16];
+        store(nearest, pick(levels.values, levels.find<BITS>(load<f32x16>(values) / divisor)));
+        unroll<2>([&](auto i) LRQ_LAMBDA {
+            const f64x8 t = widen(nearest + 8 * i);
+            f64x8 weighted = t;
+            if (m.importance) {
+                for (int j = 0; j < 8; ++j)
+                    weighted[j] = 8 * i + j < count ? t[j] * m.importance[k + 8 * i + j] : 0;
+            } else {
+                for (int j = 0; j < 8; ++j)
+                    if (8 * i + j >= count) weighted[j] = 0;
+            }
+            squares[i] += weighted * t;
+            products[i] += weighted * widen(values + 8 * i);
+        });
+    });
+    return {sum_lanes(squares[0], squares[1]), sum_lanes(products[0], products[1])};
+}
+
+// A table's part in the search for scales.
+struct Ladder {
+    int count;
+    double top, base;       // base: the scale of grid entry 1
+    double midpoints[16];
+    f64x2 coefficients[16]; // of mass and moment below a midpoint
+
+    Ladder(const int8_t *table, int levels) : count(levels - 1), top(table[count]), midpoints{}, coefficients{} {
+        int peak = 0;
+        for (int i = 0; i < levels; ++i) {
+            const int size = table[i] < 0 ? -table[i] : table[i];
+            peak = size > peak ? size : peak;
+        }
+        base = 0.5 / peak;
+        for (int i = 0; i < count; ++i) {
+            const double gap = table[i + 1] - table[i];
+            midpoints[i] = (table[i + 1] + table[i]) / 2.0;
+            coefficients[i] = (f64x2){2 * gap * midpoints[i], gap};
+        }
+    }
+
+    // The bin edges nearest to the midpoints at a scale, 16 of them.
+    void find_edges(double scale, int32_t *edges) const {
+        unroll<2>([&](auto i) LRQ_LAMBDA {
+            const f64x8 units = load<f64x8>(midpoints + 8 * i) * scale;
+            const f64x8 place = units / (1 + magnitude(units)) * BINS;
+            const f64x8 magic = 6755399441055744.0 - (f64x8){};  // 1.5 * 2^52: the sum is rounded half to even
+            store(edges + 8 * i, __builtin_convertvector(place + magic - magic, i32x8) + BINS);
+        });
+    }
+
+    // below[e]: mass and moment below edge e.
+    Moments measure(const f64x2 *below, const int32_t *edges) const {
+        f64x2 sum = (f64x2){top * top, top} * below[2 * BINS];
+        for (int i = 0; i < count; ++i) sum -= coefficients[i] * below[edges[i]];
+        return {sum[0], sum[1]};
+    }
+};
+
+// The scale of the smallest error on the grid, in units of the root mean square. edges: of every grid entry, or nullptr.
+inline double search_scale(const f64x2 *below, const Ladder &ladder, const double *grid, int64_t coarse_count,
+                           double largest, const int32_t *edges) {
+    int64_t best = MARGIN;
+    for (int64_t step = COARSE; step; step /= MIDDLE) {
+        const bool is_first = step == COARSE;
+        const int64_t first = is_first ? best : best - MIDDLE * step, count = is_first ? coarse_count : 2 * MIDDLE + 1;
+        double smallest = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t entry = first + i * step;
+            if (is_first && grid[entry] > 8 * largest) break;
+            int32_t found[16];
+            const int32_t *places = edges ? edges + 16 * entry : found;
+            const double scale = ladder.base * grid[entry];
+            if (!edges) ladder.find_edges(scale, found);
+            const double error = ladder.measure(below, places).error(scale);
+            if (i == 0 || error < smallest) smallest = error, best = entry;
+        }
+    }
+    return ladder.base * grid[best];
+}
+
+template <int BITS> float polish_scale(const float *row, const lrq_matrix &m, const Levels &levels, float scale) {
+    float best = scale;
+    double smallest = __builtin_inf();
+    for (int i = 0; i <= POLISHES; ++i) {
+        const Moments sums = measure_codes<BITS>(row, m, levels, scale);
+        const double error = sums.error(scale);
+        if (error < smallest) best = scale, smallest = error;
+        if (sums.product > 0) scale = static_cast<float>(sums.product / (sums.square > 0 ? sums.square : 1));
+    }
+    return best;
+}
+
+inline void fit_scales(const lrq_matrix &m, const int8_t *table, int64_t table_rows, int bits, const double *grid,
+                       int64_t coarse_count, int threads, float *row_scale) {
+    const int count = 1 << bits;
+    const Ladder shared(table, count);
+    const Levels shared_levels(table, count);
+    const int64_t entries = (coarse_count - 1) * COARSE + 2 * MARGIN + 1;
+    int32_t *edges = nullptr;
+    if (table_rows == 1) {
+        edges = static_cast<int32_t *>(scratch(SLOT_SHARED, sizeof(int32_t) * 16 * entries));
+        for (int64_t i = 0; i < entries; ++i) shared.find_edges(shared.base * grid[i], edges + 16 * i);
+    }
+    parallel_for(threads, m.rows, [&](int64_t i) {
+        f64x2 *below = static_cast<f64x2 *>(scratch(SLOT_SUMS, sizeof(f64x2) * (2 * BINS + 4)));
+        const float *row = m.weight + i * m.columns;
+        const Ladder ladder = edges ? shared : Ladder(table + i * count, count);
+        const Levels levels = edges ? shared_levels : Levels(table + i * count, count);
+        const RowStatistics s = measure_row(row, m.columns);
+        clear(below, 2 * BINS + 1);
+        count_row(row, m, s.inverse, 1, below + 1);
+        accumulate(below + 1);
+        const double largest = s.highest > -s.lowest ? s.highest : -s.lowest;
+        const double scale = search_scale(below, ladder, grid, coarse_count, largest > 1 ? largest : 1, edges);
+        const float first = static_cast<float>(scale * s.root_mean_square);
+        with_bits(bits, [&](auto b) LRQ_LAMBDA { row_scale[i] = polish_scale<b>(row, m, levels, first); });
+    });
+}
+
+// The code of every value of floor(2 w / row_scale) + SLOTS / 2, from 256 levels; -128 is never used.
+inline void fill_slots(const int8_t *table, uint8_t *codes) {
+    int start = 0;
+    for (int code = 0; code < 256; ++code) {
+        const int stop = code < 255 ? table[code] + table[code + 1] + SLOTS / 2 : SLOTS;
+        for (; start < stop; ++start) codes[start] = static_cast<uint8_t>(code ? code : 1);
+    }
+}
+
+LRQ_INLINE void find_slots(f32x16 v, int32_t *slots) {
+    const f32x16 low = splat16(-SLOTS / 2), high = splat16(SLOTS / 2 - 1);
+    v = v * 2;
+    v = v < low ? low : v > high ? high : v;
+    const i32x16 whole = __builtin_convertvector(v, i32x16);
+    store(slots, whole + (__builtin_convertvector(whole, f32x16) > v) + SLOTS / 2);  // a true comparison is -1
+}
+
+inline void encode(const lrq_matrix &m, const int8_t *table, int64_t table_rows, int bits, const float *row_scale,
+                   int threads, uint8_t *codes) {
+    const int64_t rows_per_task = ceil_div(1 << 14, m.columns);
+    const int count = 1 << bits;
+    parallel_for(threads, ceil_div(m.rows, rows_per_task), [&](int64_t task) {
+        uint8_t code_of_slot[SLOTS];
+        Levels levels(table, bits < 8 ? count : 0);
+        if (bits == 8) fill_slots(table, code_of_slot);
+        for (int64_t i = task * rows_per_task; i < least((task + 1) * rows_per_task, m.rows); ++i) {
+            if (table_rows > 1 && bits < 8) levels = Levels(table + i * count, count);
+            if (table_rows > 1 && bits == 8) fill_slots(table + i * count, code_of_slot);
+            const f32x16 divisor = splat16(row_scale[i] == 0 ? 1 : row_scale[i]);
+            uint8_t *out = codes + i * m.columns;
+            const float *row = m.weight + i * m.columns;
+            if (bits == 8) {
+                for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto n) LRQ_LAMBDA {
+                    int32_t slots[16];
+                    find_slots(load<f32x16>(values) / divisor, slots);
+                    for (int j = 0; j < n; ++j) out[k + j] = code_of_slot[slots[j]];
+                });
+                continue;
+            }
+            with_bits(bits, [&](auto b) LRQ_LAMBDA {
+                for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto n) LRQ_LAMBDA {
+                    const i32x16 found = levels.find<b>(load<f32x16>(values) / divisor);
+                    const u8x16 bytes = __builtin_convertvector(found, u8x16);
+                    __builtin_memcpy(out + k, &bytes, n);
+                });
+            });
+        }
+    });
+}
+
+// Bit j of the result is bit 2 of byte j.
+LRQ_INLINE uint64_t gather_third_bits(u8x16 codes) {
+    const u64x2 bits = ((u64x2)codes >> 2 & 0x0101010101010101) * 0x0102040810204080 >> 56;
+    return bits[0] | bits[1] << 8;
+}
+
+// used: all codes, or'ed together.
+inline void pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
+                 uint8_t *used) {
+    const int64_t tiles = ceil_div(columns, 16), tile_bytes = 32 * bits;
+    *used = 0;
+    parallel_for(threads, ceil_div(rows, 16), [&](int64_t tile_row) {
+        const int64_t count = least(16, rows - 16 * tile_row);
+        u8x16 all = {};
+        for (int64_t t = 0; t < tiles; ++t) {
+            const uint8_t *from = codes + 16 * tile_row * columns + 16 * t;
+            uint8_t *out = packed + (tile_row * tiles + t) * tile_bytes;
+            const int64_t width = least(16, columns - 16 * t);
+            u8x16 r[16] = {};
+            if (count == 16 && width == 16)
+                unroll<16>([&](auto i) LRQ_LAMBDA { r[i] = load<u8x16>(from + i * columns); });
+            else
+                for (int64_t i = 0; i < count; ++i) __builtin_memcpy(&r[i], from + i * columns, width);
+            unroll<16>([&](auto i) LRQ_LAMBDA { all |= r[i]; });
+            unroll<4>([&](auto j) LRQ_LAMBDA {
+                const u8x16 *lane = r + 4 * j;
+                if (bits == 8) {
+                    unroll<4>([&](auto p) LRQ_LAMBDA { store(out + 64 * p + 16 * j, lane[p]); });
+                } else if (bits == 4) {
+                    store(out + 16 * j, lane[0] | lane[1] << 4);
+                    store(out + 64 + 16 * j, lane[2] | lane[3] << 4);
+                } else {
+                    store(out + 16 * j, (lane[0] & 3) | (lane[1] & 3) << 2 | (lane[2] & 3) << 4 | lane[3] << 6);
+                    if (bits == 3)
+                        unroll<4>([&](auto p) LRQ_LAMBDA {
+                            const uint16_t third = static_cast<uint16_t>(gather_third_bits(lane[p]));
+                            __builtin_memcpy(out + 64 + 8 * p + 2 * j, &third, 2);
+                        });
+                }
+            });
+        }
+        uint8_t some = 0;
+        for (int i = 0; i < 16; ++i) some |= all[i];
+        __atomic_fetch_or(used, some, __ATOMIC_RELAXED);
+    });
+}
+
+}  // namespace LRQ_ISA
+}  // namespace lrq
