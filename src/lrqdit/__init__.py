@@ -1,6 +1,6 @@
 """Diffusion transformers at 2 to 4 bits: Twin-Log levels, adaptive rotations, real packing (arXiv 2508.03485)."""
 
-from lrqdit import codebook, rotation
+from lrqdit import codebook, gpu, rotation
 from lrqdit.accounting import measure_size
 from lrqdit.checkpoint import load_checkpoint, save_checkpoint
 from lrqdit.config import QuantizationConfig
@@ -25,3 +25,4 @@ __all__ = [
 ]
 
 register()
+gpu.register()

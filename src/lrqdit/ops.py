@@ -62,7 +62,8 @@ def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     return sum((part.int() for part in parts), torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device))
 
 
-def _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
+def transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
+    """x (tokens, in_features) -> the centred, smoothed and rotated x, float32; arguments as of the operators."""
     parts = Rotation(rotation, x.shape[-1], tuple(factors), None, block1, block2, permutation)
     return activation.InputTransform(parts, input_offset, input_scale).apply(x)
 
@@ -70,7 +71,7 @@ def _transform(x, input_offset, input_scale, rotation, factors, block1, permutat
 def _quantize_tokens(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip
 ) -> tuple[Tensor, Tensor]:
-    x = _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    x = transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
     return activation.quantize_tokens(x.contiguous(), bits, clip)
 
 
@@ -84,15 +85,19 @@ def _weight_only_linear(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2,
     packed, table, row_scale, bias, bits, out_dtype,
 ) -> Tensor:  # fmt: skip
-    x = _transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    x = transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
     weight = decode_weight(packed, table, x.shape[1], row_scale.shape[0], bits)
     y = torch.nn.functional.linear(x, weight.float()).mul_(row_scale)
     return (y if bias is None else y.add_(bias)).to(out_dtype)
 
 
-LIBRARY.impl("quantize_tokens", _quantize_tokens, "CompositeExplicitAutograd")
-LIBRARY.impl("quantized_linear", _quantized_linear, "CompositeExplicitAutograd")
-LIBRARY.impl("weight_only_linear", _weight_only_linear, "CompositeExplicitAutograd")
+REFERENCE = {
+    "quantize_tokens": _quantize_tokens,
+    "quantized_linear": _quantized_linear,
+    "weight_only_linear": _weight_only_linear,
+}
+for _name, _function in REFERENCE.items():
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lrqdit::quantize_tokens", lib=LIBRARY)
