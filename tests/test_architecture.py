@@ -9,12 +9,12 @@ SOURCE = Path(lrqdit.__file__).parent
 FLOORS = [
     {"errors", "config", "native"},
     {"codebook", "hadamard", "rotation", "activation", "packing"},
-    {"ops"},
+    {"ops", "gpu", "triton_prologue", "triton_gemm"},
     {"linear", "kernels"},
     {"models", "calibrate", "fit", "accounting", "checkpoint", "compensate"},
     {"diffusers_plugin", "inspection"},
     {"quantize", "pipelines"},
-    {"evaluate", "report", "demo"},
+    {"evaluate", "report", "demo", "speed", "doctor"},
     {"cli"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in names} | {"__main__": 9}

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import lrqdit
-from lrqdit import demo, inspection, pipelines
+from lrqdit import demo, inspection, pipelines, speed
 from lrqdit.cli import app
 from lrqdit.errors import ModelError
 
@@ -286,3 +286,15 @@ def test_demo_without_its_model(tmp_path):
 def test_help_and_version():
     assert "quantize" in succeed("--help")
     assert lrqdit.__version__ in succeed("--version")
+
+
+def test_doctor():
+    assert "torch" in succeed("doctor")
+
+
+def test_bench(monkeypatch, tiny_pipeline_folder):
+    monkeypatch.setattr(speed, "SHAPES", ((4, 48, 96),))
+    results = json.loads(succeed("bench", tiny_pipeline_folder, "--seconds", "0.01", "--device", "cpu", "--json"))
+    assert [row["preset"] for row in results["memory"]] == ["w4a8", "w3a8"] and len(results["speed"]) == 1
+    assert "GB packed" in succeed("bench", tiny_pipeline_folder, "--seconds", "0.01", "--device", "cpu")
+    assert "neither" in fail("bench", "nowhere")

@@ -1,6 +1,6 @@
 """Diffusion transformers at 2 to 4 bits: Twin-Log levels, adaptive rotations, real packing (arXiv 2508.03485)."""
 
-from lrqdit import codebook, kernels, native, rotation
+from lrqdit import codebook, gpu, kernels, native, rotation
 from lrqdit.accounting import measure_size
 from lrqdit.checkpoint import load_checkpoint, save_checkpoint
 from lrqdit.config import QuantizationConfig
@@ -27,3 +27,4 @@ __all__ = [
 ]
 
 register()
+gpu.register()

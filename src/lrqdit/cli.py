@@ -1,4 +1,7 @@
-"""The command line: ``lrqdit quantize | generate | evaluate | inspect | demo``. Thin: the work is done elsewhere."""
+"""The command line: ``lrqdit quantize | generate | evaluate | inspect | demo | doctor | bench``.
+
+Thin: the work is done elsewhere.
+"""
 
 import contextlib
 import dataclasses
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from diffusers.utils import export_to_gif
 from diffusers.utils import logging as diffusers_logging
@@ -19,7 +23,8 @@ from typer.core import TyperGroup
 
 import lrqdit
 from lrqdit import demo as demo_module
-from lrqdit import inspection, pipelines, report
+from lrqdit import doctor as doctor_module
+from lrqdit import inspection, pipelines, report, speed
 from lrqdit.config import MODES, QuantizationConfig
 from lrqdit.errors import ConfigError, LrqditError
 from lrqdit.evaluate import EVALUATION_PROMPTS, compare
@@ -259,6 +264,38 @@ def demo(
     ]
     Console().print(report.build_table(rows, demo_module.COLUMNS))
     typer.echo(f"written to {out}: comparison.png, results.json, and a loadable pipeline per preset")
+
+
+@app.command()
+def doctor(
+    measure: Annotated[bool, typer.Option(help="Time int8 products against bfloat16 ones.")] = False,
+) -> None:
+    """Tell which kernels this machine will use, and why."""
+    typer.echo("\n".join(doctor_module.describe(measure)))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help=f"Folder of a model, or {', '.join(speed.KNOWN_MODELS)}.")] = "flux",
+    bits: Annotated[list[str] | None, typer.Option(help="Preset; repeatable; w4a8 and w3a8 if not given.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For the speed measurement, about; 0 leaves it out.")] = 60.0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what packing gains here: the memory of a model, and a measurement of a few layers."""
+    presets = bits or ["w4a8", "w3a8"]
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    results = {"model": model, "device": str(target), "memory": speed.expected_memory(model, presets), "speed": []}
+    if seconds:
+        results["speed"] = speed.measure_layers(target, seconds, presets[0])
+    if as_json:
+        return typer.echo(json.dumps(results))
+    for row in results["memory"]:
+        sizes = (row["bfloat16_bytes"] / 1e9, row["packed_bytes"] / 1e9)
+        typer.echo(f"{model} at {row['preset']}: {sizes[0]:.2f} GB in bfloat16, {sizes[1]:.2f} GB packed")
+    if seconds:
+        columns = ("tokens", "in_features", "out_features", "float_ms", "packed_ms", "speedup")
+        Console().print(report.build_table(results["speed"], columns, title=f"{target}, {presets[0]}"))
 
 
 def read_prompts(path: Path) -> list[str]:

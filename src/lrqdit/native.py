@@ -2,7 +2,7 @@
 
 The library (csrc/, plain C++17 behind a C interface) is optional: a package installed without a compiler runs on torch
 alone, with the same results up to float rounding. ``LRQDIT_KERNELS`` chooses by hand: ``reference`` for torch, or the
-name of an instruction set (``avx512vnni``, ``avxvnni``, ``avx2``, ``neon``, ``serial``).
+name of an instruction set (ISA_NAMES).
 """
 
 import ctypes
@@ -23,6 +23,7 @@ from lrqdit.errors import KernelError
 
 ABI_VERSION = 1
 ENVIRONMENT = "LRQDIT_KERNELS"
+ISA_NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "serial")
 LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.dll"}.get(
     sys.platform, "liblrqdit_native.so"
 )
@@ -211,7 +212,7 @@ def describe() -> list[str]:
 
 def _start() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason why the torch reference runs."""
-    wanted = os.environ.get(ENVIRONMENT, "")
+    wanted = os.environ.get(ENVIRONMENT, "").replace("triton", "")  # a choice for GPUs alone
     if wanted == "reference":
         return None, f"{ENVIRONMENT}=reference"
     path = find_library()

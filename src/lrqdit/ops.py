@@ -93,10 +93,14 @@ def reference_weight_only_linear(
     return (y if bias is None else y.add_(bias)).to(out_dtype)
 
 
-LIBRARY.impl("apply_transform", reference_apply_transform, "CompositeExplicitAutograd")
-LIBRARY.impl("quantize_tokens", reference_quantize_tokens, "CompositeExplicitAutograd")
-LIBRARY.impl("quantized_linear", reference_quantized_linear, "CompositeExplicitAutograd")
-LIBRARY.impl("weight_only_linear", reference_weight_only_linear, "CompositeExplicitAutograd")
+REFERENCE = {
+    "apply_transform": reference_apply_transform,
+    "quantize_tokens": reference_quantize_tokens,
+    "quantized_linear": reference_quantized_linear,
+    "weight_only_linear": reference_weight_only_linear,
+}
+for _name, _function in REFERENCE.items():
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lrqdit::apply_transform", lib=LIBRARY)
