@@ -28,6 +28,11 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
+#if defined(__aarch64__)
+typedef __fp16 Half;  // GCC has _Float16 in C++ for ARM from version 13 on
+#else
+typedef _Float16 Half;
+#endif
 
 #if defined(__clang__)
 #define LRQ_SHUFFLE16(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
@@ -110,7 +115,7 @@ LRQ_INLINE f32x16 from_float16(u16x16 bits) {
 #else
     f32x16 v;
     for (int i = 0; i < 16; ++i) {
-        _Float16 half;
+        Half half;
         const uint16_t one = bits[i];
         __builtin_memcpy(&half, &one, 2);
         v[i] = half;
@@ -133,7 +138,7 @@ LRQ_INLINE u16x16 to_float16(f32x16 v) {
 #else
     u16x16 bits;
     for (int i = 0; i < 16; ++i) {
-        const _Float16 half = static_cast<_Float16>(v[i]);
+        const Half half = static_cast<Half>(v[i]);
         uint16_t one;
         __builtin_memcpy(&one, &half, 2);
         bits[i] = one;
