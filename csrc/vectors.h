@@ -38,6 +38,11 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
+#if defined(__aarch64__)
+typedef __fp16 Half;  // GCC has _Float16 in C++ for ARM from version 13 on
+#else
+typedef _Float16 Half;
+#endif
 
 #if defined(__clang__)
 #define LRQ_SHUFFLE4(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -147,7 +152,7 @@ LRQ_INLINE Floats from_float16(Halves bits) {
 #else
     Floats v;
     for (int i = 0; i < WIDTH; ++i) {
-        _Float16 half;
+        Half half;
         const uint16_t one = bits[i];
         __builtin_memcpy(&half, &one, 2);
         v[i] = half;
@@ -164,7 +169,7 @@ LRQ_INLINE Halves to_float16(Floats v) {
 #else
     Halves bits;
     for (int i = 0; i < WIDTH; ++i) {
-        const _Float16 half = static_cast<_Float16>(v[i]);
+        const Half half = static_cast<Half>(v[i]);
         uint16_t one;
         __builtin_memcpy(&one, &half, 2);
         bits[i] = one;
