@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lrqdit import codebook, rotation
 from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
 from lrqdit.calibrate import ActivationStats
-from lrqdit.compensate import round_weight
+from lrqdit.compensate import Curvature, round_weight
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
 from lrqdit.linear import LinearFormat, QuantLinear
@@ -207,7 +207,7 @@ def gaussian_clip(in_features: int, bits: int) -> float:
 def quantize_linear(
     name: str, weight: Tensor, bias: Tensor | None, transform: InputTransform, config: QuantizationConfig,
     weight_bits: int, activation_bits: int, dtype: torch.dtype, input_from: str | None = None,
-    tokens: Tensor | None = None, report: GroupReport | None = None,
+    curvature: Curvature | None = None, report: GroupReport | None = None,
 ) -> QuantLinear:  # fmt: skip
     """Fold the transform into a layer's weight and bias, fit its levels, round and pack.
 
@@ -217,7 +217,7 @@ def quantize_linear(
         transform: of the layer's input.
         dtype: the dtype the layer answers for its weight.
         input_from: name of the layer that owns the transform, if it is another one.
-        tokens: (count, in_features) of the layer's raw input, for rounding that compensates its error.
+        curvature: of the layer's transformed input, for rounding that compensates its error; None rounds plainly.
         report: where the errors of the ways of rounding are noted.
 
     Raises:
@@ -249,10 +249,10 @@ def quantize_linear(
         has_scale=transform.input_scale is not None,
         input_from=input_from,
     )
-    if tokens is None or config.rounding == "nearest" or weight_bits == 8:
+    if curvature is None or weight_bits == 8:
         codes = levels.encode(folded)
     else:
-        codes, errors = round_weight(folded, levels, transform, tokens, activation_bits)
+        levels, codes, errors = round_weight(folded, levels, curvature)
         if report is not None:
             report.rounding[name] = errors
     table = None if weight_bits == 8 else levels.table
