@@ -68,7 +68,7 @@ def measure_curvature(
     if activation_bits < 16:
         seen = dequantize_tokens(*quantize_tokens(exact, activation_bits, transform.clip))
     with single_thread():
-        hessian = _transform_moment(moment.float(), transform)
+        hessian = transform_moment(moment.float(), transform)
         energy, product = float(exact.double().square().sum()), float((exact.double() * seen.double()).sum())
         gain = product / energy if energy > 0 else 1.0
         noise = float((seen.double() - gain * exact.double()).square().mean())
@@ -77,13 +77,29 @@ def measure_curvature(
             return None
         hessian.mul_(gain**2).diagonal().add_(noise + damping * variance)
         hessian /= hessian.diagonal().mean()
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-        upper = torch.linalg.cholesky(inverse, upper=True).float()
+        order, upper = factorize(hessian)
     return Curvature(hessian, upper, order, exact, seen)
 
 
-def _transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
+def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns by descending diag(H), int64, and the upper Cholesky factor of H^-1 in that order, float32."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def damp_moment(moment: Tensor, damping: float) -> Tensor:
+    """moment + damping * mean(diag) * I, float64, its mean diagonal 1; that of a constant input is I."""
+    moment = moment.double()
+    variance = float(moment.diagonal().mean())
+    if not variance > 0:
+        return torch.eye(len(moment), dtype=torch.float64)
+    moment = moment / variance
+    moment.diagonal().add_(damping)
+    return moment / (1 + damping)
+
+
+def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
     """E[x~^T x~] of E[(x - mu)^T (x - mu)], float64 and symmetric: (D M D) rotated on both sides."""
     for _ in range(2):
         if transform.input_scale is not None:

@@ -180,7 +180,9 @@ def pipeline_loop(
             for start in tqdm(range(0, len(prompts), batch_size), "calibrating", disable=not show_progress):
                 on_prompt(start // batch_size)
                 batch = list(prompts[start : start + batch_size])
-                generators = [torch.Generator("cpu").manual_seed(seed * 1_000_003 + start + i) for i in range(len(batch))]
+                generators = [
+                    torch.Generator("cpu").manual_seed(seed * 1_000_003 + start + i) for i in range(len(batch))
+                ]
                 if batch_size == 1:
                     pipeline(prompt=batch[0], generator=generators[0], **call)
                 else:
