@@ -7,13 +7,13 @@ import lrqdit
 
 SOURCE = Path(lrqdit.__file__).parent
 FLOORS = [
-    {"errors", "config"},
+    {"errors", "config", "presets"},
     {"codebook", "hadamard", "rotation", "activation", "packing"},
     {"ops"},
     {"linear"},
     {"models", "calibrate", "fit", "accounting", "checkpoint", "compensate"},
     {"diffusers_plugin", "inspection"},
-    {"quantize", "pipelines"},
+    {"quantize", "pipelines", "simulate"},
     {"evaluate", "report", "demo"},
     {"cli"},
 ]
