@@ -30,6 +30,7 @@ import lrqdit
 from lrqdit import demo, evaluate, models, pipelines
 from lrqdit.accounting import measure_size
 from lrqdit.calibrate import ActivationStats, InputGroup
+from lrqdit.checkpoint import RunFolder, fingerprint
 from lrqdit.compensate import measure_curvature
 from lrqdit.config import QuantizationConfig
 from lrqdit.fit import choose_transform, quantize_linear
@@ -123,6 +124,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.folder, self.steps, self.guidance = args.model, args.steps, args.guidance_scale
+        self.work = args.work
         self.is_demo = args.model == demo.MODEL_FOLDER
         if args.prompts:
             self.prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
@@ -154,11 +156,23 @@ class Bench:
     @property
     def calibration(self) -> dict[str, list[InputGroup]]:
         if self._calibration is None:
+            modules = pipelines.denoisers(self.original)
+            values = {**self.setup(), "prompts": self.calibration_prompts}
+            folders = {
+                name: RunFolder(self.work / name, fingerprint(values, module=module))
+                for name, module in modules.items()
+            }
+            kept = {name: folder.load_groups() for name, folder in folders.items()}
+            if all(groups is not None for groups in kept.values()):
+                self._calibration = {name: groups for name, groups in kept.items() if groups is not None}
+                return self._calibration
             start = time.monotonic()
             self._calibration = lrqdit.observe(
                 self.original, prompts=self.calibration_prompts, steps=demo.CALIBRATION_STEPS,
                 guidance_scale=self.guidance, batch_size=8 if self.is_demo else 1, show_progress=False,
             )  # fmt: skip
+            for name, folder in folders.items():
+                folder.save_groups(self._calibration[name])
             print(f"calibration: {time.monotonic() - start:.0f} s", flush=True)
         return self._calibration
 
@@ -328,6 +342,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=demo.GUIDANCE_SCALE)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path("bench-work"), help="where the calibration is kept")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--layers", action="store_true")

@@ -6,8 +6,10 @@ are folded and quantized, and the output error on reservoir tokens decides:
     error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
 
 relative to the part of the output that varies between tokens, so that a constant offset neither hides nor inflates it.
-The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows decides. Then each
-weight is rounded to the nearest levels, or (``compensate``) so that later columns make up for earlier ones' errors.
+The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows decides. Where
+rounding will be compensated, the weights' part of the error counts as much as compensation is expected to leave of it
+(:attr:`lrqdit.compensate.Curvature.gain`): rotations change how much one column tells about another. Then each weight
+is rounded to the nearest levels, or (``compensate``) so that later columns make up for earlier ones' errors.
 """
 
 import math
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from lrqdit import codebook, rotation
 from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
 from lrqdit.calibrate import ActivationStats
-from lrqdit.compensate import Curvature, round_weight
+from lrqdit.compensate import Curvature, measure_curvature, round_weight
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
 from lrqdit.linear import LinearFormat, QuantLinear
@@ -46,7 +48,7 @@ class GroupReport:
         absmax: the largest |x|; None without calibration.
         rotation, is_smoothed, clip: the choice.
         error: relative output error of the choice.
-        candidates: relative output error by "rotation" or "rotation+smoothing", both with plain rounding.
+        candidates: relative output error by "rotation" or "rotation+smoothing", expected of the kind of rounding.
         rounding: by layer, the held-out output error of each way of rounding relative to plain rounding; the smallest
             was taken.
     """
@@ -128,6 +130,12 @@ def choose_transform(
             transform, error = _fit_clip(
                 transform, transform.apply(x), levels.quantize(folded), target, varying, activation_bits, config
             )
+            if config.rounding == "compensated" and weight_bits < 8 and is_measured:
+                curvature = measure_curvature(transform, stats, activation_bits, config.damping)
+                if curvature is not None:
+                    plain = squared_norm(F.linear(transform.apply(x), levels.quantize(folded)) - target)
+                    plain = min(error, plain / max(varying, 1e-300))
+                    error -= (1 - curvature.gain) * plain
             errors[kind + ("+smoothing" if is_smoothed else "")] = error
             # R1 P R2 costs time and bits: it must clearly beat what is there already
             handicap = 1 - OUTLIER_GAIN if kind == "outlier" and is_measured else 1.0
