@@ -46,15 +46,6 @@ class Curvature:
     exact: Tensor
     seen: Tensor
 
-    @property
-    def gain(self) -> float:
-        """Expected error of compensated rounding over that of plain rounding, for equal noise in every weight.
-
-        The mean of the conditional variances over the mean of the variances of H: 1 if no column says anything about
-        another.
-        """
-        return float(self.upper.diagonal().double().pow(-2).mean() / self.hessian.diagonal().mean())
-
 
 def measure_curvature(
     transform: InputTransform, stats: ActivationStats, activation_bits: int, damping: float

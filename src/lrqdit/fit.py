@@ -6,10 +6,8 @@ are folded and quantized, and the output error on reservoir tokens decides:
     error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
 
 relative to the part of the output that varies between tokens, so that a constant offset neither hides nor inflates it.
-The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows decides. Where
-rounding will be compensated, the weights' part of the error counts as much as compensation is expected to leave of it
-(:attr:`lrqdit.compensate.Curvature.gain`): rotations change how much one column tells about another. Then each weight
-is rounded to the nearest levels, or (``compensate``) so that later columns make up for earlier ones' errors.
+The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows decides. Then each
+weight is rounded to the nearest levels, or (``compensate``) so that later columns make up for earlier ones' errors.
 """
 
 import math
@@ -25,12 +23,13 @@ from torch import Tensor, nn
 from lrqdit import codebook, rotation
 from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
 from lrqdit.calibrate import ActivationStats
-from lrqdit.compensate import Curvature, measure_curvature, round_weight
+from lrqdit.compensate import Curvature, round_weight
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
 from lrqdit.linear import LinearFormat, QuantLinear
 
 OUTLIER_GAIN = 0.10
+UNROTATED_GAIN = 2.0
 SALIENT_RATIO = 4.0
 ROWS_FOR_CHOICE = 384
 FLOAT16_MAX = 65504.0
@@ -48,7 +47,7 @@ class GroupReport:
         absmax: the largest |x|; None without calibration.
         rotation, is_smoothed, clip: the choice.
         error: relative output error of the choice.
-        candidates: relative output error by "rotation" or "rotation+smoothing", expected of the kind of rounding.
+        candidates: relative output error by "rotation" or "rotation+smoothing", both with plain rounding.
         rounding: by layer, the held-out output error of each way of rounding relative to plain rounding; the smallest
             was taken.
     """
@@ -108,6 +107,8 @@ def choose_transform(
     target, varying = F.linear(x - center, rows), squared_norm(F.linear(x - mean, rows))
 
     is_measured = config.rotation == "auto" or config.smoothing == "auto"
+    # R1 P R2 costs time and bits; and compensated rounding gains more on rotated columns than is measured here
+    penalties = {"outlier": 1 / (1 - OUTLIER_GAIN), "none": UNROTATED_GAIN if config.rounding == "compensated" else 1.0}
     best: tuple[float, InputTransform, GroupReport] | None = None
     errors: dict[str, float] = {}
     for is_smoothed in {"auto": (False, True), "always": (True,), "never": (False,)}[config.smoothing]:
@@ -130,21 +131,14 @@ def choose_transform(
             transform, error = _fit_clip(
                 transform, transform.apply(x), levels.quantize(folded), target, varying, activation_bits, config
             )
-            if config.rounding == "compensated" and weight_bits < 8 and is_measured:
-                curvature = measure_curvature(transform, stats, activation_bits, config.damping)
-                if curvature is not None:
-                    plain = squared_norm(F.linear(transform.apply(x), levels.quantize(folded)) - target)
-                    plain = min(error, plain / max(varying, 1e-300))
-                    error -= (1 - curvature.gain) * plain
             errors[kind + ("+smoothing" if is_smoothed else "")] = error
-            # R1 P R2 costs time and bits: it must clearly beat what is there already
-            handicap = 1 - OUTLIER_GAIN if kind == "outlier" and is_measured else 1.0
-            if best is None or error < best[0] * handicap:
+            score = error * (penalties.get(kind, 1.0) if is_measured else 1.0)
+            if best is None or score < best[0]:
                 report = GroupReport(
                     list(weights), weight_bits, activation_bits, kind, is_smoothed, transform.clip, stats.rms,
                     float(stats.channel_absmax().max()), error, errors,
                 )  # fmt: skip
-                best = error, transform, report
+                best = score, transform, report
     if best is None:
         raise RotationError(f"{name}: no rotation of {config.rotation!r} fits width {len(mean)}; use 'hadamard'")
     return best[1], best[2]
