@@ -80,18 +80,17 @@ def pixels(samples: list[pipelines.Sample]) -> Tensor:
 
 
 def features(pipeline: Any, samples: list[pipelines.Sample]) -> Tensor:
-    """What the kernel distance compares: the VAE's latents of the pictures, float64 (count, features)."""
+    """What the kernel distance compares: the VAE's latents of the pictures, scaled, float64 (count, features)."""
     with torch.no_grad():
         parts = [pipeline.vae.encode(part * 2 - 1).latent_dist.mean for part in pixels(samples).split(BATCH)]
-    return torch.cat(parts).flatten(1).double()
+    return torch.cat(parts).flatten(1).double() * pipeline.vae.config.scaling_factor
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD with KID's kernel (x y / d + 1)^3 (arXiv 1801.01401)."""
+    """Squared MMD with KID's kernel (x y / d + 1)^3 (arXiv 1801.01401), the U-statistic of pairs: 0 for equal sets."""
     kernel = [((x @ y.T / x.shape[1] + 1) ** 3) for x, y in ((a, a), (b, b), (a, b))]
-    n = len(a)
-    within = sum(float(k.sum() - k.diagonal().sum()) / (n * (n - 1)) for k in kernel[:2])
-    return within - 2 * float(kernel[2].mean())
+    means = [float(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in kernel]
+    return means[0] + means[1] - 2 * means[2]
 
 
 def interval(values: list[float], reference: list[float] | None = None) -> list[float]:
