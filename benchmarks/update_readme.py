@@ -25,7 +25,7 @@ def demo_table() -> list[str]:
     lines = [
         "Embedded model, pictures of eight captions that calibration did not see (PSNR, SSIM, latent error against the",
         "original's pictures), and 64 captions whose nearest neighbour among all 1,911 Noto emoji must be the",
-        "captioned one or one of its subcategory (`benchmarks/bench_captions.py`; none of them is a calibration prompt):",
+        "captioned one or one of its subcategory (`benchmarks/bench_captions.py`; none is a calibration prompt):",
         "",
         "| preset | true bits | file | PSNR | SSIM | latent error | caption or subcategory (caption itself) |",
         "|---|---|---|---|---|---|---|",
