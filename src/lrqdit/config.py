@@ -7,9 +7,11 @@ quantized to 8. Two named modes set everything else:
 mode       what it is                                        settings
 ========== ================================================= ==========================================================
 ``auto``   the default: per layer, the rotation and          one table per layer, centring, fitted activation clip,
-           smoothing with the smallest measured error        8-bit storage of the layers kept out of the low-bit set
+           smoothing with the smallest measured error,       8-bit storage of the layers kept out of the low-bit set
+           GPTQ where held-out prompts gain from it
 ``paper``  LRQ-DiT as published (arXiv 2508.03485)           one table per row, smoothing 0.5, rotation by J >= 1,
-                                                             no clip, no centring, kept layers untouched
+                                                             no clip, no centring, kept layers untouched, rounding to
+                                                             nearest
 ========== ================================================= ==========================================================
 """
 
@@ -120,8 +122,8 @@ class QuantizationConfig:
         if not 0 < self.smoothing_alpha < 1:
             raise ConfigError(f"smoothing_alpha={self.smoothing_alpha!r} must lie between 0 and 1; 0.5 is the default")
         for name in ("damping", "moment_gib"):
-            if not 0 <= getattr(self, name) < math.inf or self.damping == 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive number")
+            if not 0 <= getattr(self, name) < math.inf or (name == "damping" and self.damping == 0):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive number (moment_gib may be 0)")
         if self.calibration_tokens < 16:
             raise ConfigError(f"calibration_tokens={self.calibration_tokens} is too few to fit a clip; use 16 or more")
         for pattern in self.exclude:

@@ -94,8 +94,9 @@ RECIPES: dict[str, Recipe] = {
         "mixed precision over layers", "absmax", 0.5, "hadamard", tokens="affine",
     ),
     "vidit-q-released": Recipe(
-        "github.com/thu-nics/ViDiT-Q, PixArt W4A8: channel balancing, exponent .01, then the rotation", "", "absmax",
-        0.99, "hadamard", tokens="affine",
+        "github.com/thu-nics/ViDiT-Q, t2i/configs/quant/alpha/w4a8.yaml at a0a94fa: channel balancing alone (weight "
+        "exponent .3), min-max rows, dynamic min-max tokens", "that file has 6-bit weights under the name w4a8; its "
+        "moving average of maxima is the maximum", "absmax", 0.7, tokens="affine",
     ),
     "svdquant": Recipe(
         "arXiv 2411.05007: smoothing with searched exponent, rank 32 at 16 bits, groups of 64 for weights and "
