@@ -3,7 +3,7 @@
 For 64 fixed captions (evenly spaced over the 613 emoji the model was trained on) the generated picture's nearest
 neighbour among all 1,911 Noto emoji, by squared distance at 32 px, must be the captioned one, or one of its Unicode
 subcategory. Prints the share for the original and for every preset named, then JSON.
-Three of the 64 are also among the eight calibration prompts.
+None of the 64 is a calibration prompt.
 
     python benchmarks/bench_captions.py w4a8 w3a8 w4a4
     python benchmarks/bench_captions.py path/to/quantized-pipeline
@@ -79,16 +79,18 @@ def main() -> None:
     chosen = choose_captions(entries)
     captions = [entries[i]["name"] for i in chosen]
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows = []
+    rows, calibration = [], None
     for name in ["original", *args.models]:
         folder = Path(name) if Path(name).is_dir() else demo.MODEL_FOLDER
         pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
         pipeline.set_progress_bar_config(disable=True)
         if name != "original" and not Path(name).is_dir():
-            lrqdit.quantize(
-                pipeline, name, prompts=demo.CALIBRATION_PROMPTS, steps=demo.STEPS,
-                guidance_scale=demo.GUIDANCE_SCALE, mode=args.mode,
-            )  # fmt: skip
+            if calibration is None:
+                calibration = lrqdit.observe(
+                    pipeline, prompts=demo.CALIBRATION_PROMPTS, steps=demo.CALIBRATION_STEPS,
+                    guidance_scale=demo.GUIDANCE_SCALE, batch_size=8,
+                )  # fmt: skip
+            lrqdit.quantize(pipeline, name, calibration=calibration, mode=args.mode)
         pictures = generate(pipeline, captions, args.seed)
         if args.sheet and name == "original":
             sheet = pictures.view(8, 8, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(512, 512, 3)

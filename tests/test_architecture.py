@@ -7,13 +7,13 @@ import lrqdit
 
 SOURCE = Path(lrqdit.__file__).parent
 FLOORS = [
-    {"errors", "config", "native"},
+    {"errors", "config", "native", "presets"},
     {"codebook", "hadamard", "rotation", "activation", "packing"},
     {"ops", "gpu", "triton_prologue", "triton_gemm"},
     {"linear", "kernels"},
     {"models", "calibrate", "fit", "accounting", "checkpoint", "compensate"},
     {"diffusers_plugin", "inspection"},
-    {"quantize", "pipelines"},
+    {"quantize", "pipelines", "simulate"},
     {"evaluate", "report", "demo", "speed", "doctor"},
     {"cli"},
 ]

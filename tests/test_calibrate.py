@@ -96,7 +96,52 @@ def test_memory_does_not_grow():
     tensors = [stats.tokens, stats._priorities]
     assert sum(t.untyped_storage().nbytes() for t in tensors) == 8 * 4 * 4 + 8 * 4
     arrays = [v for v in vars(stats).values() if isinstance(v, np.ndarray)]
-    assert sum(a.nbytes for a in arrays) == 4 * 4 * 8
+    assert sum(a.nbytes for a in arrays) == 5 * 4 * 8
+    assert stats.second_moment(torch.zeros(4)) is None
+
+
+def test_second_moment():
+    """Around any offset, with a constant far larger than what varies, in as many calls as it takes."""
+    x = random(10_000, 6).double() + torch.tensor([0, 1e4, -3, 0, 200, 0])
+    stats = ActivationStats(6, 8, seed=0, has_moment=True)
+    for part in x.float().split(999):
+        stats.update(part)
+    for offset in (torch.zeros(6), stats.channel_mean):
+        difference = x - offset
+        found = stats.second_moment(offset)
+        torch.testing.assert_close(found, difference.T @ difference / len(x), rtol=1e-5, atol=0.05)
+        again = ActivationStats.from_tensors(stats.to_tensors())
+        assert torch.equal(again.second_moment(offset), found)
+
+
+def test_held_out_calls():
+    """They alone fill the reservoir and stay out of the second moment; every other statistic counts them."""
+    fitted, held_out = random(40, 4), random(30, 4, seed=1) + 100
+    stats = ActivationStats(4, 16, seed=0, has_moment=True)
+    for x, flag in ((fitted, False), (held_out, True), (fitted, False)):
+        stats.update(x, flag)
+    assert stats.is_held_out and stats.tokens.min() > 50 and len(stats.tokens) == 16
+    expected = fitted.double().T @ fitted.double() / 40
+    torch.testing.assert_close(stats.second_moment(torch.zeros(4)), expected, rtol=1e-5, atol=1e-6)
+    assert stats.token_count == 110 and stats.channel_absmax().min() > 50
+
+
+def test_every_so_many_calls_are_held_out():
+    layer = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(layer)
+    with Observer(model, ("0",), 8, 0, 1 << 20, held_out_every=4) as observer, torch.no_grad():
+        for index in range(9):
+            model(torch.full((2, 4), float(index)))
+    tokens = observer.groups()[0].stats.tokens
+    assert set(tokens.flatten().tolist()) == {3.0, 7.0}
+
+
+def test_moments_within_their_memory():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+    with Observer(model, ("0", "1", "2"), 8, 0, moment_bytes=4 * (64 + 16)) as observer, torch.no_grad():
+        model(random(5, 8))
+    found = [group.stats.second_moment(torch.zeros(1)) is not None for group in observer.groups()]
+    assert found == [True, True, False]
 
 
 def test_round_trip_through_tensors():

@@ -5,6 +5,7 @@ from torch import nn
 from lrqdit import codebook, rotation
 from lrqdit.activation import dequantize_tokens, quantize_tokens
 from lrqdit.calibrate import ActivationStats
+from lrqdit.compensate import measure_curvature
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
 from lrqdit.fit import choose_transform, data_free_transform, gaussian_clip, keep_at_8_bits, quantize_linear
@@ -219,13 +220,14 @@ def test_keep_at_8_bits():
 
 def test_compensated_rounding_is_used_when_asked_for():
     torch.manual_seed(0)
-    stats = ActivationStats(48, 512, seed=0)
+    stats = ActivationStats(48, 512, seed=0, has_moment=True)
     stats.update(torch.randn(512, 6) @ torch.randn(6, 48))  # few directions: much to compensate
     weight = torch.randn(32, 48)
     config = QuantizationConfig.from_name("w3a8", rounding="compensated")
     transform, report = choose_transform({"a": weight}, stats, config, 3, 8)
-    layer = quantize_linear("a", weight, None, transform, config, 3, 8, torch.float32, None, stats.tokens, report)
-    plain = quantize_linear("a", weight, None, transform, QuantizationConfig.from_name("w3a8"), 3, 8, torch.float32)
+    curvature = measure_curvature(transform, stats, 8, config.damping)
+    layer = quantize_linear("a", weight, None, transform, config, 3, 8, torch.float32, None, curvature, report)
+    plain = quantize_linear("a", weight, None, transform, config, 3, 8, torch.float32)
     target = stats.tokens @ weight.T
     assert report.rounding["a"]["gptq"] < 0.5
     assert (layer(stats.tokens) - target).norm() < 0.7 * (plain(stats.tokens) - target).norm()

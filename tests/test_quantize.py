@@ -377,3 +377,55 @@ def test_true_bits_are_those_of_the_file(tmp_path):
     assert parts == pytest.approx(report.size.true_bits)
     assert report.size == lrqdit.measure_size(model)
     assert report.size.low_bit_share > 0.99
+
+
+def test_one_calibration_for_several_settings():
+    """The same bytes as with a calibration of its own, and the observed model stays as it was."""
+    model = build()
+    before = state_digest(model)
+    calibration = lrqdit.observe(model, forward_loop=run, calibration_tokens=64)
+    assert state_digest(model) == before
+    for preset in ("w3a8", "w4a4"):
+        shared, own = build(), build()
+        lrqdit.quantize(shared, preset, calibration=calibration, calibration_tokens=64, **FAST)
+        lrqdit.quantize(own, preset, forward_loop=run, calibration_tokens=64, **FAST)
+        assert state_digest(shared) == state_digest(own)
+
+
+def test_compensation_is_the_default_and_wins():
+    def loop(model):
+        for seed in range(16):
+            with torch.no_grad():
+                model(random(4, 10, 8, seed=100 + seed))
+
+    x, errors = random(4, 10, 8, seed=5), {}
+    for rounding in ("nearest", "compensated"):
+        model = build()
+        wanted = run(model)
+        report = lrqdit.quantize(model, "w3a8", forward_loop=loop, rounding=rounding, **FAST)
+        with torch.no_grad():
+            errors[rounding] = float((model(x) - wanted).square().sum())
+    assert errors["compensated"] < 0.8 * errors["nearest"]
+    assert QuantizationConfig().rounding == "compensated"
+    assert all(set(errors) == {"nearest", "gptq"} for group in report.groups for errors in group.rounding.values())
+
+
+def test_prompts_are_held_out_whole(monkeypatch):
+    """Of nine prompts the eighth fills the reservoirs, at any batch size of one; few prompts are not spared."""
+    seen = []
+    original = quantize_module.Observer._observe
+
+    def observe(self, name, x):
+        seen.append(self.is_held_out)
+        original(self, name, x)
+
+    monkeypatch.setattr(quantize_module.Observer, "_observe", observe)
+    pipeline = build_tiny_pipeline()
+    for count, expected in ((9, 1 / 9), (4, 1 / 4), (3, 0)):
+        seen.clear()
+        prompts = [f"prompt {i}" for i in range(count)]
+        lrqdit.observe(pipeline, prompts=prompts, steps=2, show_progress=False)
+        assert sum(seen) / len(seen) == expected
+    seen.clear()
+    lrqdit.observe(pipeline, prompts=[f"prompt {i}" for i in range(16)], steps=2, batch_size=2, show_progress=False)
+    assert sum(seen) / len(seen) == 1 / 8

@@ -7,7 +7,7 @@ from lrqdit.config import QuantizationConfig
 from lrqdit.diffusers_plugin import LRQDiTConfig, register
 from lrqdit.errors import LrqditError
 from lrqdit.linear import QuantLinear
-from lrqdit.quantize import CalibrationReport, quantize
+from lrqdit.quantize import CalibrationReport, observe, quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load_checkpoint",
     "measure_size",
     "native",
+    "observe",
     "quantize",
     "rotation",
     "save_checkpoint",

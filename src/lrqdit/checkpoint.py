@@ -286,11 +286,13 @@ class RunFolder:
         if found is None:
             return None
         tensors, values = found
+        parts: list[dict[str, Tensor]] = [{} for _ in values["names"]]
+        for key, tensor in tensors.items():
+            index, leaf = key.split(".", 1)
+            parts[int(index)][leaf] = tensor
         return [
-            InputGroup(
-                names, ActivationStats.from_tensors({k: tensors[f"{i}.{k}"] for k in ("count", "vectors", "tokens")})
-            )
-            for i, names in enumerate(values["names"])
+            InputGroup(names, ActivationStats.from_tensors(part))
+            for names, part in zip(values["names"], parts, strict=True)
         ]
 
 

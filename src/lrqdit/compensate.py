@@ -1,87 +1,143 @@
-"""Rounding that compensates its own error: GPTQ on any codebook, towards the best target for quantized activations.
+"""Rounding that compensates its own error: GPTQ on the levels of any codebook.
 
-With x~q the quantized tokens a layer really multiplies, and x~ what they stand for, the weights that minimize
-|| x~q V^T - x~ W~^T ||^2 before rounding are the Wiener solution
+With S = E[x~^T x~] the second moment of a layer's transformed input and x~q = c x~ + e what its quantized tokens really
+are (c the gain of rounding and clipping, e noise of variance s^2 in every channel, both measured), the expected squared
+output error of weights V that stand for W~ is, up to a constant and relative to the unbiased target,
 
-    V = W~ (X~^T X~q + lambda I) (X~q^T X~q + lambda I)^-1,
+    tr (V - W~) H (V - W~)^T,        H = c^2 S + s^2 I + lambda mean(diag S) I,
 
-which equals W~ where activations are exact. V is then rounded column by column, each column's error spread over the
-columns still to come (GPTQ, arXiv 2210.17323: the optimal brain surgeon's update with H = X~q^T X~q), in descending
-order of diag(H).
+so coarse activations damp the Hessian by themselves. W~ is rounded column by column, each column's error spread over
+the columns still to come (GPTQ, arXiv 2210.17323: the optimal brain surgeon's update), in descending order of diag(H).
+Then each row's scale is set so that the rounded row is as long as the exact one along it in the metric H: rounding to
+centroids shrinks every row a little, and what all layers lose at every step adds up in the picture.
 
-Both steps fit the calibration tokens, so tokens held out decide per layer: plain rounding, GPTQ, or GPTQ on V.
+H comes from all calibration tokens (:meth:`lrqdit.calibrate.ActivationStats.second_moment`), at a cost that does not
+depend on their number. The tokens of prompts that were held out decide, per layer, between this and plain rounding.
 """
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lrqdit.activation import InputTransform, dequantize_tokens, quantize_tokens
+from lrqdit.calibrate import ActivationStats
 from lrqdit.codebook import Codebook
 from lrqdit.rotation import single_thread
 
-DAMPING = 0.01
 COLUMNS_PER_BLOCK = 128
-MAX_HESSIAN_WIDTH = 4096
-HELD_OUT_EVERY = 5
 
 
-def round_weight(
-    weight: Tensor, levels: Codebook, transform: InputTransform, tokens: Tensor, activation_bits: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Round a folded weight by every way and keep the one with the smallest error on held-out tokens.
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """What the rounding of every layer of a group needs to know about their common input.
+
+    Args:
+        hessian: H, float64 (in_features, in_features), its mean diagonal 1.
+        upper: the upper Cholesky factor of H^-1 with columns in ``order``, float32.
+        order: int64 (in_features,), columns by descending diag(H).
+        exact, seen: held-out tokens after the transform, float32 (count, in_features), before and after rounding.
+    """
+
+    hessian: Tensor
+    upper: Tensor
+    order: Tensor
+    exact: Tensor
+    seen: Tensor
+
+
+def measure_curvature(
+    transform: InputTransform, stats: ActivationStats, activation_bits: int, damping: float
+) -> Curvature | None:
+    """The curvature of layers behind a transform; None if ``stats`` has no second moment, or nothing varies.
+
+    Args:
+        transform: of the layers' input, its clip included.
+        stats: of the raw input.
+        activation_bits: 16 leaves the transformed tokens as they are.
+        damping: lambda, relative to the mean variance of a transformed channel.
+    """
+    assert stats.tokens is not None
+    offset = torch.zeros(transform.in_features) if transform.input_offset is None else transform.input_offset
+    moment = stats.second_moment(offset)
+    if moment is None:
+        return None
+    exact = transform.apply(stats.tokens)
+    seen = exact
+    if activation_bits < 16:
+        seen = dequantize_tokens(*quantize_tokens(exact, activation_bits, transform.clip))
+    with single_thread():
+        hessian = transform_moment(moment.float(), transform)
+        energy, product = float(exact.double().square().sum()), float((exact.double() * seen.double()).sum())
+        gain = product / energy if energy > 0 else 1.0
+        noise = float((seen.double() - gain * exact.double()).square().mean())
+        variance = float(hessian.diagonal().mean())
+        if not variance > 0:
+            return None
+        hessian.mul_(gain**2).diagonal().add_(noise + damping * variance)
+        hessian /= hessian.diagonal().mean()
+        order, upper = factorize(hessian)
+    return Curvature(hessian, upper, order, exact, seen)
+
+
+def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns by descending diag(H), int64, and the upper Cholesky factor of H^-1 in that order, float32."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def damp_moment(moment: Tensor, damping: float) -> Tensor:
+    """moment + damping * mean(diag) * I, float64, its mean diagonal 1; that of a constant input is I."""
+    moment = moment.double()
+    variance = float(moment.diagonal().mean())
+    if not variance > 0:
+        return torch.eye(len(moment), dtype=torch.float64)
+    moment = moment / variance
+    moment.diagonal().add_(damping)
+    return moment / (1 + damping)
+
+
+def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
+    """E[x~^T x~] of E[(x - mu)^T (x - mu)], float64 and symmetric: (D M D) rotated on both sides."""
+    for _ in range(2):
+        if transform.input_scale is not None:
+            moment = moment * transform.input_scale.float()
+        moment = transform.rotation.apply_without_signs(moment).T
+    return moment.double().add_(moment.T.double()).div_(2)
+
+
+def round_weight(weight: Tensor, levels: Codebook, curvature: Curvature) -> tuple[Codebook, Tensor, dict[str, float]]:
+    """Round a folded weight, plainly and with compensation, and keep what does better on held-out tokens.
 
     Args:
         weight: W~, float32 (out_features, in_features), already folded.
         levels: fitted to it.
-        transform: of the layer's input.
-        tokens: the layer's raw input, (count, in_features), any float dtype.
-        activation_bits: 16 leaves the transformed tokens as they are.
+        curvature: of its input.
 
     Returns:
-        Codes uint8 (out_features, in_features), and by way of rounding (``nearest``, ``gptq``, ``wiener``) the squared
-        output error on held-out tokens relative to plain rounding's; the codes are those of the smallest.
+        The levels, perhaps with other row scales; codes uint8 (out_features, in_features); and by way of rounding
+        (``nearest``, ``gptq``) the squared output error on held-out tokens relative to plain rounding's.
     """
-    exact = transform.apply(tokens)
-    seen = exact
-    if activation_bits < 16:
-        seen = dequantize_tokens(*quantize_tokens(exact, activation_bits, transform.clip))
-    is_held_out = torch.arange(len(tokens)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    codes = {"nearest": levels.encode(weight)}
+    results = {"nearest": (levels, levels.encode(weight))}
     with single_thread():
-        for columns in torch.arange(weight.shape[1]).split(MAX_HESSIAN_WIDTH):
-            fitted, wanted = seen[~is_held_out][:, columns].double(), exact[~is_held_out][:, columns].double()
-            hessian = fitted.T @ fitted
-            energy = hessian.diagonal().mean()
-            if not energy > 0:
-                continue
-            hessian.div_(energy).diagonal().add_(DAMPING)
-            factor = torch.linalg.cholesky(hessian)
-            part = weight[:, columns]
-            inverse = torch.cholesky_inverse(factor)
-            targets = {"gptq": part}
-            if activation_bits < 8:  # with more, V is W~ to rounding
-                cross = fitted.T @ wanted
-                cross.div_(energy).diagonal().add_(DAMPING)
-                targets["wiener"] = torch.cholesky_solve(cross @ part.double().T, factor).T.float()
-            for kind, target in targets.items():
-                found = codes.setdefault(kind, codes["nearest"].clone())
-                found[:, columns] = _compensate(target, levels, hessian, inverse)
-        target = F.linear(exact[is_held_out], weight)
+        codes = compensate(weight, levels, curvature)
+        results["gptq"] = (_rescale(weight, levels, codes, curvature.hessian), codes)
+        target = F.linear(curvature.exact, weight)
         squared = {
-            kind: float((F.linear(seen[is_held_out], levels.decode(c)) - target).double().square().sum())
-            for kind, c in codes.items()
+            kind: float((F.linear(curvature.seen, book.decode(c)) - target).double().square().sum())
+            for kind, (book, c) in results.items()
         }
     best = min(squared, key=lambda kind: squared[kind])
     plain = squared["nearest"] or 1.0
-    return codes[best], {kind: error / plain for kind, error in squared.items()}
+    return *results[best], {kind: error / plain for kind, error in squared.items()}
 
 
-def _compensate(weight: Tensor, levels: Codebook, hessian: Tensor, inverse: Tensor) -> Tensor:
-    """GPTQ: codes of weight (out, columns) under H (columns, columns) and its inverse, in blocks of columns."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    upper = torch.linalg.cholesky(inverse[order][:, order], upper=True).float()
-    left = weight[:, order].clone()
+def compensate(weight: Tensor, levels: Codebook, curvature: Curvature) -> Tensor:
+    """GPTQ: codes uint8 of weight (out_features, in_features), the error update in blocks of columns."""
+    order, upper = curvature.order, curvature.upper
+    left = weight[:, order]
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     width = weight.shape[1]
     for start in range(0, width, COLUMNS_PER_BLOCK):
@@ -96,3 +152,12 @@ def _compensate(weight: Tensor, levels: Codebook, hessian: Tensor, inverse: Tens
             errors[:, column - start] = error[:, 0]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
     return codes
+
+
+def _rescale(weight: Tensor, levels: Codebook, codes: Tensor, hessian: Tensor) -> Codebook:
+    """Levels with row scales s such that the rounded row v has <w, v> = <w, w> in the metric H."""
+    image = weight.double() @ hessian
+    length = (image * weight.double()).sum(dim=1)
+    reached = (image * levels.decode(codes).double()).sum(dim=1)
+    ratio = torch.where((reached > 0) & (length > 0), length / torch.where(reached > 0, reached, 1), 1)
+    return dataclasses.replace(levels, row_scale=(levels.row_scale.double() * ratio).float())

@@ -7,14 +7,17 @@ quantized to 8. Two named modes set everything else:
 mode       what it is                                        settings
 ========== ================================================= ==========================================================
 ``auto``   the default: per layer, the rotation and          one table per layer, centring, fitted activation clip,
-           smoothing with the smallest measured error        8-bit storage of the layers kept out of the low-bit set
+           smoothing with the smallest measured error,       8-bit storage of the layers kept out of the low-bit set
+           GPTQ where held-out prompts gain from it
 ``paper``  LRQ-DiT as published (arXiv 2508.03485)           one table per row, smoothing 0.5, rotation by J >= 1,
-                                                             no clip, no centring, kept layers untouched
+                                                             no clip, no centring, kept layers untouched, rounding to
+                                                             nearest
 ========== ================================================= ==========================================================
 """
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -30,6 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
         "smoothing": "always",
         "is_centred": False,
         "is_clipped": False,
+        "rounding": "nearest",
         "keep_bits": 16,
     },
 }
@@ -43,6 +47,8 @@ _KINDS: dict[str, Any] = {
     "smoothing_alpha": (int, float),
     "is_centred": bool,
     "is_clipped": bool,
+    "damping": (int, float),
+    "moment_gib": (int, float),
     "calibration_tokens": int,
     "seed": int,
 }
@@ -66,8 +72,9 @@ class QuantizationConfig:
         smoothing_alpha: exponent of the weights in the smoothing vector.
         is_centred: subtract the calibrated channel mean and fold it into the bias.
         is_clipped: fit a clip ratio of the per-token absmax for each layer.
-        rounding: ``nearest``, or ``compensated`` (GPTQ where it lowers a layer's error on held-out tokens; it overfits
-            eight prompts, see docs/LOG.md).
+        rounding: ``nearest``, or ``compensated`` (GPTQ where it lowers a layer's error on held-out prompts).
+        damping: of the compensation's Hessian, relative to its mean diagonal.
+        moment_gib: memory for second moments of layer inputs, in GiB; layers that find none left round plainly.
         keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).
         exclude: regular expressions of further layers to keep.
         calibration_tokens: size of the token reservoir of each layer input.
@@ -88,7 +95,9 @@ class QuantizationConfig:
     smoothing_alpha: float = 0.5
     is_centred: bool = True
     is_clipped: bool = True
-    rounding: str = "nearest"
+    rounding: str = "compensated"
+    damping: float = 0.03
+    moment_gib: float = 16.0
     keep_bits: int = 8
     exclude: tuple[str, ...] = ()
     calibration_tokens: int = 1024
@@ -112,6 +121,9 @@ class QuantizationConfig:
         _check_choice("keep_bits", self.keep_bits, (8, 16))
         if not 0 < self.smoothing_alpha < 1:
             raise ConfigError(f"smoothing_alpha={self.smoothing_alpha!r} must lie between 0 and 1; 0.5 is the default")
+        for name in ("damping", "moment_gib"):
+            if not 0 <= getattr(self, name) < math.inf or (name == "damping" and self.damping == 0):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive number (moment_gib may be 0)")
         if self.calibration_tokens < 16:
             raise ConfigError(f"calibration_tokens={self.calibration_tokens} is too few to fit a clip; use 16 or more")
         for pattern in self.exclude:

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from lrqdit import codebook, ops, rotation
 from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
 from lrqdit.calibrate import ActivationStats
-from lrqdit.compensate import round_weight
+from lrqdit.compensate import Curvature, round_weight
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
 from lrqdit.linear import LinearFormat, QuantLinear
 
 OUTLIER_GAIN = 0.10
+UNROTATED_GAIN = 2.0
 SALIENT_RATIO = 4.0
 ROWS_FOR_CHOICE = 384
 FLOAT16_MAX = 65504.0
@@ -106,6 +107,8 @@ def choose_transform(
     target, varying = F.linear(x - center, rows), squared_norm(F.linear(x - mean, rows))
 
     is_measured = config.rotation == "auto" or config.smoothing == "auto"
+    # R1 P R2 costs time and bits; and compensated rounding gains more on rotated columns than is measured here
+    penalties = {"outlier": 1 / (1 - OUTLIER_GAIN), "none": UNROTATED_GAIN if config.rounding == "compensated" else 1.0}
     best: tuple[float, InputTransform, GroupReport] | None = None
     errors: dict[str, float] = {}
     for is_smoothed in {"auto": (False, True), "always": (True,), "never": (False,)}[config.smoothing]:
@@ -129,14 +132,13 @@ def choose_transform(
                 transform, transform.apply(x), levels.quantize(folded), target, varying, activation_bits, config
             )
             errors[kind + ("+smoothing" if is_smoothed else "")] = error
-            # R1 P R2 costs time and bits: it must clearly beat what is there already
-            handicap = 1 - OUTLIER_GAIN if kind == "outlier" and is_measured else 1.0
-            if best is None or error < best[0] * handicap:
+            score = error * (penalties.get(kind, 1.0) if is_measured else 1.0)
+            if best is None or score < best[0]:
                 report = GroupReport(
                     list(weights), weight_bits, activation_bits, kind, is_smoothed, transform.clip, stats.rms,
                     float(stats.channel_absmax().max()), error, errors,
                 )  # fmt: skip
-                best = error, transform, report
+                best = score, transform, report
     if best is None:
         raise RotationError(f"{name}: no rotation of {config.rotation!r} fits width {len(mean)}; use 'hadamard'")
     return best[1], best[2]
@@ -207,7 +209,7 @@ def gaussian_clip(in_features: int, bits: int) -> float:
 def quantize_linear(
     name: str, weight: Tensor, bias: Tensor | None, transform: InputTransform, config: QuantizationConfig,
     weight_bits: int, activation_bits: int, dtype: torch.dtype, input_from: str | None = None,
-    tokens: Tensor | None = None, report: GroupReport | None = None,
+    curvature: Curvature | None = None, report: GroupReport | None = None,
 ) -> QuantLinear:  # fmt: skip
     """Fold the transform into a layer's weight and bias, fit its levels, round and pack.
 
@@ -217,7 +219,7 @@ def quantize_linear(
         transform: of the layer's input.
         dtype: the dtype the layer answers for its weight.
         input_from: name of the layer that owns the transform, if it is another one.
-        tokens: (count, in_features) of the layer's raw input, for rounding that compensates its error.
+        curvature: of the layer's transformed input, for rounding that compensates its error; None rounds plainly.
         report: where the errors of the ways of rounding are noted.
 
     Raises:
@@ -249,10 +251,10 @@ def quantize_linear(
         has_scale=transform.input_scale is not None,
         input_from=input_from,
     )
-    if tokens is None or config.rounding == "nearest" or weight_bits == 8:
+    if curvature is None or weight_bits == 8:
         codes = levels.encode(folded)
     else:
-        codes, errors = round_weight(folded, levels, transform, tokens, activation_bits)
+        levels, codes, errors = round_weight(folded, levels, curvature)
         if report is not None:
             report.rounding[name] = errors
     table = None if weight_bits == 8 else levels.table

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,13 @@ from lrqdit.accounting import SizeReport, measure_size
 from lrqdit.activation import InputTransform
 from lrqdit.calibrate import InputGroup, Observer
 from lrqdit.codebook import CODEBOOKS
+from lrqdit.compensate import measure_curvature
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError
 from lrqdit.fit import GroupReport, check_finite, choose_transform, data_free_transform, keep_at_8_bits, quantize_linear
 from lrqdit.linear import QuantLinear
+
+HELD_OUT_EVERY = 8  # prompts, or calls of a module that a forward loop of the caller's runs
 
 
 @dataclasses.dataclass
@@ -61,6 +65,7 @@ def quantize(
     arguments: dict[str, Any] | None = None,
     resume_folder: str | Path | None = None,
     show_progress: bool = True,
+    calibration: dict[str, list[InputGroup]] | None = None,
     **settings: Any,
 ) -> CalibrationReport:
     """Quantize a pipeline's transformers, or any module with linear layers, in place.
@@ -68,7 +73,7 @@ def quantize(
     Args:
         target: a diffusers pipeline (its ``transformer`` and ``transformer_2``) or a module.
         preset: such as ``"w4a8"``, or a whole :class:`QuantizationConfig`.
-        prompts: calibration prompts, for a pipeline; eight of our own if neither these nor ``forward_loop`` is given.
+        prompts: calibration prompts, for a pipeline; 32 of our own if neither these nor ``forward_loop`` is given.
         forward_loop: called once with ``target``; runs whatever shall be observed. Required for a plain module.
         is_calibrated: False quantizes without data: Hadamard rotations, no smoothing, no centring.
         steps, guidance_scale: of the calibration's denoising loop; the pipeline's own defaults if None.
@@ -77,6 +82,8 @@ def quantize(
             saved. It is reused for the same model, settings, prompts and arguments; what ``forward_loop`` does cannot
             be seen, so give other data another folder.
         show_progress: progress bars on stderr.
+        calibration: what :func:`observe` returned for the same model, to quantize it in several ways from one
+            calibration; nothing is run then.
         settings: single settings of :class:`QuantizationConfig`, such as ``mode="paper"`` or ``seed=1``.
 
     Returns:
@@ -92,16 +99,9 @@ def quantize(
     for name, module in modules.items():
         diffusers_plugin.check_not_quantized(module, name)
     selections = {name: models.select_layers(module, config.exclude) for name, module in modules.items()}
-    if forward_loop is None and is_calibrated:
-        if not isinstance(target, DiffusionPipeline):
-            raise ModelError(
-                f"quantize: a {type(target).__name__} is not a pipeline, so lrqdit cannot run it; pass forward_loop, a "
-                "function that runs it on your data, or is_calibrated=False"
-            )
-        prompts = list(models.CALIBRATION_PROMPTS if prompts is None else prompts)
-        if not prompts:
-            raise ConfigError("quantize: the list of calibration prompts is empty; pass at least one, better eight")
-        forward_loop = pipeline_loop(prompts, steps, guidance_scale, arguments, config.seed, show_progress)
+    is_observed = is_calibrated and calibration is None
+    if is_observed and forward_loop is None:
+        prompts = _check_prompts(target, prompts)
     run_folders: dict[str, checkpoint.RunFolder] = {}
     if resume_folder is not None:
         inputs = (config.to_dict(), list(prompts or []), steps, guidance_scale, arguments, is_calibrated)
@@ -118,9 +118,17 @@ def quantize(
     start = time.monotonic()
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     bytes_before = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
-    groups: dict[str, list[InputGroup]] = {}
-    if is_calibrated and forward_loop is not None:
-        groups = _calibrate(target, modules, selections, config, forward_loop, run_folders)
+    groups: dict[str, list[InputGroup]] = calibration or {}
+    kept = {name: folder.load_groups() for name, folder in run_folders.items()}
+    if is_observed and kept and all(found is not None for found in kept.values()):
+        groups = {name: found for name, found in kept.items() if found is not None}
+    elif is_observed:
+        groups = observe(
+            target, config, prompts=prompts, forward_loop=forward_loop, steps=steps, guidance_scale=guidance_scale,
+            arguments=arguments, show_progress=show_progress,
+        )  # fmt: skip
+        for name, folder in run_folders.items():
+            folder.save_groups(groups[name])
     calibrated = time.monotonic()
     reports: list[GroupReport] = []
     # nothing is replaced before everything is fitted: a failed run leaves the model as it was
@@ -153,8 +161,13 @@ def pipeline_loop(
     arguments: dict[str, Any] | None = None,
     seed: int = 0,
     show_progress: bool = True,
+    on_prompt: Callable[[int], object] = lambda index: None,
+    batch_size: int = 1,
 ) -> Callable[[DiffusionPipeline], None]:
-    """A forward loop that generates every prompt once, on noise of its own, and stops before the decoder."""
+    """A forward loop that generates every prompt once, on noise of its own, and stops before the decoder.
+
+    ``on_prompt`` is called with the index of each batch before it runs; ``batch_size`` prompts run together.
+    """
 
     def loop(pipeline: DiffusionPipeline) -> None:
         accepted = inspect.signature(pipeline.__call__).parameters
@@ -164,9 +177,16 @@ def pipeline_loop(
         had_progress = dict(getattr(pipeline, "_progress_bar_config", {}))
         pipeline.set_progress_bar_config(disable=True)
         try:
-            for index, prompt in enumerate(tqdm(prompts, "calibrating", disable=not show_progress, unit="prompt")):
-                generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + index)
-                pipeline(prompt=prompt, generator=generator, **call)
+            for start in tqdm(range(0, len(prompts), batch_size), "calibrating", disable=not show_progress):
+                on_prompt(start // batch_size)
+                batch = list(prompts[start : start + batch_size])
+                generators = [
+                    torch.Generator("cpu").manual_seed(seed * 1_000_003 + start + i) for i in range(len(batch))
+                ]
+                if batch_size == 1:
+                    pipeline(prompt=batch[0], generator=generators[0], **call)
+                else:
+                    pipeline(prompt=batch, generator=generators, **call)
         finally:
             pipeline.set_progress_bar_config(**{"disable": False, **had_progress})
 
@@ -199,23 +219,49 @@ def _find_modules(target: Any) -> dict[str, nn.Module]:
     return modules
 
 
-def _calibrate(
-    target: Any,
-    modules: dict[str, nn.Module],
-    selections: dict[str, models.Selection],
-    config: QuantizationConfig,
-    forward_loop: Callable[[Any], object],
-    run_folders: dict[str, checkpoint.RunFolder],
+def observe(
+    target: nn.Module | DiffusionPipeline,
+    preset: str | QuantizationConfig = "w4a8",
+    *,
+    prompts: Sequence[str] | None = None,
+    forward_loop: Callable[[Any], object] | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    arguments: dict[str, Any] | None = None,
+    show_progress: bool = True,
+    batch_size: int = 1,
+    **settings: Any,
 ) -> dict[str, list[InputGroup]]:
-    """Run the forward loop once with all modules observed, or read what an earlier run kept."""
-    kept = {name: folder.load_groups() for name, folder in run_folders.items()}
-    if kept and all(groups is not None for groups in kept.values()):
-        return {name: groups for name, groups in kept.items() if groups is not None}
+    """Run a model once and return the statistics of its layers' inputs, by name of the module; it stays as it is.
+
+    Arguments and errors as for :func:`quantize`, whose ``calibration`` the result is. Of the preset only ``seed``,
+    ``calibration_tokens``, ``moment_gib``, ``rounding`` and ``exclude`` matter here. ``batch_size`` prompts run
+    together, which small models are faster with. Every eighth batch is held out (the last one of four to seven);
+    without prompts, every eighth call of the module.
+    """
+    config = _build_config(preset, settings)
+    modules = _find_modules(target)
+    held_out_every = HELD_OUT_EVERY if forward_loop is not None else 0
+    selections = {name: models.select_layers(module, config.exclude) for name, module in modules.items()}
+    moment_bytes = int(config.moment_gib * 2**30) if config.rounding == "compensated" else 0
     observers = {
-        name: Observer(module, selections[name].quantized + selections[name].weight_only,
-                       config.calibration_tokens, config.seed)
+        name: Observer(
+            module, selections[name].quantized + selections[name].weight_only, config.calibration_tokens, config.seed,
+            moment_bytes // len(modules), held_out_every,
+        )
         for name, module in modules.items()
     }  # fmt: skip
+    if forward_loop is None:
+        prompts = _check_prompts(target, prompts)
+        every = min(math.ceil(len(prompts) / batch_size), HELD_OUT_EVERY)
+
+        def hold_out(index: int) -> None:
+            for observer in observers.values():
+                observer.is_held_out = every >= HELD_OUT_EVERY // 2 and index % every == every - 1
+
+        forward_loop = pipeline_loop(
+            prompts, steps, guidance_scale, arguments, config.seed, show_progress, hold_out, batch_size
+        )
     for observer in observers.values():
         observer.__enter__()
     try:
@@ -224,10 +270,20 @@ def _calibrate(
     finally:
         for observer in observers.values():
             observer.__exit__(None, None, None)
-    groups = {name: observer.groups() for name, observer in observers.items()}
-    for name, folder in run_folders.items():
-        folder.save_groups(groups[name])
-    return groups
+    return {name: observer.groups() for name, observer in observers.items()}
+
+
+def _check_prompts(target: Any, prompts: Sequence[str] | None) -> list[str]:
+    """The calibration prompts: those given, or ours."""
+    if not isinstance(target, DiffusionPipeline):
+        raise ModelError(
+            f"quantize: a {type(target).__name__} is not a pipeline, so lrqdit cannot run it; pass forward_loop, a "
+            "function that runs it on your data, or is_calibrated=False"
+        )
+    prompts = list(models.CALIBRATION_PROMPTS if prompts is None else prompts)
+    if not prompts:
+        raise ConfigError("quantize: the list of calibration prompts is empty; pass at least one, better 32")
+    return prompts
 
 
 def _quantize_module(
@@ -279,12 +335,15 @@ def _quantize_group(
     else:
         weights = {name: layer.weight.detach().cpu().float() for name, layer in originals.items()}
         transform, report = choose_transform(weights, group.stats, config, weight_bits, activation_bits)
+    curvature = None
+    if group is not None and config.rounding == "compensated" and weight_bits < 8:
+        curvature = measure_curvature(transform, group.stats, activation_bits, config.damping)
     layers = {}
     for name, layer in originals.items():
         owner = None if name == members[0] else members[0]
         layers[name] = quantize_linear(
             name, layer.weight, layer.bias, transform, config, weight_bits, activation_bits, layer.weight.dtype, owner,
-            None if group is None else group.stats.tokens, report,
+            curvature, report,
         )  # fmt: skip
     return layers, report
 

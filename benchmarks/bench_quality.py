@@ -1,0 +1,362 @@
+"""How far quantized pictures are from the original's: every method, every setting, one model, the same calibration.
+
+Same prompts, same noise and same steps in every row; nothing was tuned on these prompts. The results file is updated
+after every row, so a killed run continues where it stopped.
+
+    python benchmarks/bench_quality.py                                # everything that is missing in the results
+    python benchmarks/bench_quality.py --presets lrqdit rtn --bits w3a8
+    python benchmarks/bench_quality.py --check                        # recompute a few rows, compare with the results
+    python benchmarks/bench_quality.py --layers                       # error of single layers of realistic inputs
+    python benchmarks/bench_quality.py --model FOLDER --prompts FILE --out my.json
+
+`lrqdit` is this package's default and `lrq-dit-paper` the published method, both as packed layers; every other preset
+is a recipe of `lrqdit.presets`, simulated. True bits count everything, layers kept in float at 16 bits.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import lrqdit
+from lrqdit import demo, evaluate, models, pipelines
+from lrqdit.accounting import measure_size
+from lrqdit.calibrate import ActivationStats, InputGroup
+from lrqdit.checkpoint import RunFolder, fingerprint
+from lrqdit.compensate import measure_curvature
+from lrqdit.config import QuantizationConfig
+from lrqdit.fit import choose_transform, quantize_linear
+from lrqdit.presets import RECIPES
+from lrqdit.simulate import simulate
+
+sys.path.insert(0, str(Path(__file__).parent))
+import bench_captions  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+SETTINGS = ("w4a8", "w4a4", "w3a8", "w3a6", "w3a4", "w2a4")
+OURS = {"lrqdit": "auto", "lrq-dit-paper": "paper"}
+PRESETS = (*OURS, *RECIPES)
+CHECKED = (("lrqdit", "w3a8"), ("rtn", "w4a4"))
+CHECKED_PICTURES, CHECK_TOLERANCE = 16, 0.15
+BATCH, SEED = 16, 1000
+BOOTSTRAPS = 10_000
+
+
+def load(folder: Path) -> Any:
+    """The pipeline in float32; its float16 weights lose nothing."""
+    return pipelines.load_pipeline(folder, torch.float32, "cpu")
+
+
+def generate(pipeline: Any, prompts: list[str], steps: int | None, guidance: float | None) -> list[pipelines.Sample]:
+    """A picture for each prompt with a seed of its own, in batches."""
+    samples = []
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pil"}
+    call = {name: value for name, value in call.items() if value is not None} | models.call_arguments(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        generators = [torch.Generator("cpu").manual_seed(SEED + start + i) for i in range(len(batch))]
+        with pipelines._recorded_latents(pipeline) as latents, torch.no_grad():
+            images = pipeline(prompt=batch, generator=generators, **call).images
+        kept = latents[-1].detach().float().cpu()
+        samples += [
+            pipelines.Sample(prompt, SEED + start + i, (images[i],), kept[i : i + 1]) for i, prompt in enumerate(batch)
+        ]
+    return samples
+
+
+def pixels(samples: list[pipelines.Sample]) -> Tensor:
+    """float32 (count, 3, height, width) in [0, 1]."""
+    arrays = [np.array(sample.picture.convert("RGB"), dtype=np.float32) / 255 for sample in samples]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def features(pipeline: Any, samples: list[pipelines.Sample]) -> Tensor:
+    """What the kernel distance compares: the VAE's latents of the pictures, scaled, float64 (count, features)."""
+    with torch.no_grad():
+        parts = [pipeline.vae.encode(part * 2 - 1).latent_dist.mean for part in pixels(samples).split(BATCH)]
+    return torch.cat(parts).flatten(1).double() * pipeline.vae.config.scaling_factor
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Squared MMD with KID's kernel (x y / d + 1)^3 (arXiv 1801.01401), the U-statistic of pairs: 0 for equal sets."""
+    kernel = [((x @ y.T / x.shape[1] + 1) ** 3) for x, y in ((a, a), (b, b), (a, b))]
+    means = [float(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in kernel]
+    return means[0] + means[1] - 2 * means[2]
+
+
+def interval(values: list[float], reference: list[float] | None = None) -> list[float]:
+    """95 % bootstrap interval over pictures of the mean, or of the ratio of two means of the same pictures."""
+    index = np.random.RandomState(0).randint(0, len(values), (BOOTSTRAPS, len(values)))
+    means = np.asarray(values)[index].mean(1)
+    if reference is not None:
+        means = means / np.asarray(reference)[index].mean(1)
+    return [float(v) for v in np.quantile(means, (0.025, 0.975))]
+
+
+def quantize(pipeline: Any, preset: str, bits: str, calibration: dict[str, list[InputGroup]]) -> float:
+    """Quantize in place; returns the true bits."""
+    config = QuantizationConfig.from_name(bits)
+    if preset in OURS:
+        lrqdit.quantize(pipeline, bits, mode=OURS[preset], calibration=calibration, show_progress=False)
+        modules = pipelines.denoisers(pipeline)
+        found = measure_size(modules.half()).true_bits
+        modules.float()
+        return found
+    reports = [
+        simulate(getattr(pipeline, name), RECIPES[preset], groups, config.weight_bits, config.activation_bits)
+        for name, groups in calibration.items()
+    ]
+    return sum(report.bits for report in reports) / sum(report.parameters for report in reports)
+
+
+class Bench:
+    """One model, its prompts, its original pictures and its calibration."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.folder, self.steps, self.guidance = args.model, args.steps, args.guidance_scale
+        self.work = args.work
+        self.is_demo = args.model == demo.MODEL_FOLDER
+        if args.prompts:
+            self.prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+        elif self.is_demo:
+            self.entries, self.sheet = bench_captions.load_reference()
+            self.chosen = bench_captions.choose_captions(self.entries)
+            self.prompts = [self.entries[i]["name"] for i in self.chosen]
+        else:
+            self.prompts = list(evaluate.EVALUATION_PROMPTS)
+        self.calibration_prompts = list(demo.CALIBRATION_PROMPTS if self.is_demo else models.CALIBRATION_PROMPTS)
+        if args.calibration_prompts:
+            lines = args.calibration_prompts.read_text().splitlines()
+            self.calibration_prompts = [line.strip() for line in lines if line.strip()]
+        if set(self.prompts) & set(self.calibration_prompts):
+            raise SystemExit("some prompts are also calibration prompts")
+        self._calibration: dict[str, list[InputGroup]] | None = None
+        self.original = load(args.model)
+        self.references: list[pipelines.Sample] = []
+
+    def setup(self) -> dict[str, Any]:
+        """What a row depends on beside its preset and bits."""
+        return {
+            "model": "embedded" if self.is_demo else str(self.folder), "pictures": len(self.prompts),
+            "steps": self.steps, "guidance_scale": self.guidance, "seed": SEED,
+            "calibration_prompts": len(self.calibration_prompts), "calibration_steps": demo.CALIBRATION_STEPS,
+            "kid_features": "latents of the model's own VAE", "lpips": evaluate.missing_for_lpips() or "AlexNet",
+        }  # fmt: skip
+
+    @property
+    def calibration(self) -> dict[str, list[InputGroup]]:
+        if self._calibration is None:
+            modules = pipelines.denoisers(self.original)
+            values = {**self.setup(), "prompts": self.calibration_prompts}
+            folders = {
+                name: RunFolder(self.work / name, fingerprint(values, module=module))
+                for name, module in modules.items()
+            }
+            kept = {name: folder.load_groups() for name, folder in folders.items()}
+            if all(groups is not None for groups in kept.values()):
+                self._calibration = {name: groups for name, groups in kept.items() if groups is not None}
+                return self._calibration
+            start = time.monotonic()
+            self._calibration = lrqdit.observe(
+                self.original, prompts=self.calibration_prompts, steps=demo.CALIBRATION_STEPS,
+                guidance_scale=self.guidance, batch_size=8 if self.is_demo else 1, show_progress=False,
+            )  # fmt: skip
+            for name, folder in folders.items():
+                folder.save_groups(self._calibration[name])
+            print(f"calibration: {time.monotonic() - start:.0f} s", flush=True)
+        return self._calibration
+
+    def run(self, preset: str, bits: str, count: int | None = None) -> dict[str, Any]:
+        """One row."""
+        prompts = self.prompts[:count]
+        if len(self.references) < len(prompts):
+            self.references = generate(self.original, self.prompts[: max(count or 0, len(prompts))], self.steps,
+                                       self.guidance)  # fmt: skip
+        references = self.references[: len(prompts)]
+        calibration = self.calibration
+        pipeline = load(self.folder)
+        start = time.monotonic()
+        true_bits = quantize(pipeline, preset, bits, calibration)
+        seconds = time.monotonic() - start
+        samples = generate(pipeline, prompts, self.steps, self.guidance)
+        squared = (pixels(samples) - pixels(references)).square().mean((1, 2, 3)).double().tolist()
+        row: dict[str, Any] = {
+            "preset": preset, "bits": bits, "true_bits": true_bits, "image_mse": float(np.mean(squared)),
+            "image_mse_interval": interval(squared),
+        }  # fmt: skip
+        row |= evaluate.compare(references, samples)["metrics"]
+        if hasattr(pipeline, "vae"):
+            row["kid"] = kernel_distance(features(pipeline, references), features(pipeline, samples))
+        if self.is_demo and len(prompts) == len(self.prompts):
+            accuracy = bench_captions.measure_accuracy(pixels(samples) * 255, self.chosen, self.entries, self.sheet)
+            row |= {"caption": accuracy["exact"], "subcategory": accuracy["subcategory"]}
+        return row | {"seconds": seconds, "squared_errors": squared}
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Each row's error over that of the paper's method at the same setting, on the same pictures."""
+    paper = {row["bits"]: row for row in rows if row["preset"] == "lrq-dit-paper"}
+    for row in rows:
+        if (reference := paper.get(row["bits"])) is not None:
+            row["over_paper"] = row["image_mse"] / reference["image_mse"]
+            row["over_paper_interval"] = interval(row["squared_errors"], reference["squared_errors"])
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(
+        f"{row['preset']:>18} {row['bits']}  {row['true_bits']:5.2f} bits  mse x 1000 {1000 * row['image_mse']:8.3f}  "
+        f"psnr {row['psnr']:5.2f}  ssim {row['ssim']:.3f}  latent {row['latent_error']:.3f}  "
+        f"kid {row.get('kid', float('nan')):.4f}  caption {row.get('caption', float('nan')):.2f}  "
+        f"/ paper {row.get('over_paper', float('nan')):.2f}  {row['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def run_all(args: argparse.Namespace) -> dict[str, Any]:
+    bench = Bench(args)
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() and not args.fresh else {}
+    if results.get("setup") != bench.setup():
+        results = {"setup": bench.setup(), "rows": []} | {k: v for k, v in results.items() if k == "layers"}
+    for bits in args.bits:
+        for preset in args.presets:
+            if any((row["preset"], row["bits"]) == (preset, bits) for row in results["rows"]):
+                continue
+            results["rows"].append(bench.run(preset, bits))
+            add_ratios(results["rows"])
+            print_row(results["rows"][-1])
+            write(args.out, results)
+    return results
+
+
+def check(args: argparse.Namespace) -> None:
+    """Recompute the first pictures of a few rows; exit with an error where the results say something else."""
+    bench, committed, failed = Bench(args), json.loads(args.out.read_text()), []
+    if committed["setup"] != bench.setup():
+        raise SystemExit(f"the results have another setup: {committed['setup']}")
+    for preset, bits in CHECKED:
+        expected = next(row for row in committed["rows"] if (row["preset"], row["bits"]) == (preset, bits))
+        found = bench.run(preset, bits, CHECKED_PICTURES)
+        wanted = float(np.mean(expected["squared_errors"][:CHECKED_PICTURES]))
+        difference = found["image_mse"] / wanted - 1
+        same_bits = abs(found["true_bits"] - expected["true_bits"]) < 0.005
+        print(f"{preset} {bits}: error {difference:+.1%}, true bits {found['true_bits']:.3f}", flush=True)
+        if abs(difference) > CHECK_TOLERANCE or not same_bits:
+            failed.append(f"{preset} {bits}")
+    if failed:
+        raise SystemExit(f"not as committed: {', '.join(failed)}")
+
+
+def synthetic_inputs(width: int) -> dict[str, Callable[[int], Tensor]]:
+    """Inputs of full-size layers as real ones have them, float32 (count, width) from a seed."""
+    fixed = torch.Generator().manual_seed(11)
+    basis = torch.linalg.qr(torch.randn(width, width, generator=fixed)).Q
+    spectrum = torch.arange(1, width + 1).float() ** -0.8
+    places = torch.randperm(width, generator=fixed)
+
+    def gaussian(seed: int) -> Tensor:
+        x = torch.randn(2048, width, generator=torch.Generator().manual_seed(seed))
+        return x * spectrum / spectrum.square().mean().sqrt() @ basis
+
+    def salient(seed: int) -> Tensor:
+        x = gaussian(seed)
+        x[:, places[:6]] *= 200
+        return x
+
+    def offset(seed: int) -> Tensor:
+        x = gaussian(seed)
+        x[:, places[:3]] += 200
+        return x
+
+    def heavy(seed: int) -> Tensor:
+        x, generator = gaussian(seed), torch.Generator().manual_seed(seed + 1)
+        tail = torch.randn(len(x), 40, generator=generator) / torch.randn(
+            len(x), 40, generator=generator
+        ).abs().clamp_min(0.05)
+        x[:, places[:40]] = tail
+        return x
+
+    return {"heavy spectrum": gaussian, "salient": salient, "offset": offset, "heavy tails": heavy}
+
+
+def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> list[dict[str, Any]]:
+    """Relative squared error of the varying part of a layer's output on fresh tokens."""
+    weight = torch.randn(height, width, generator=torch.Generator().manual_seed(5)) / width**0.5
+    rows = []
+    for name, draw in synthetic_inputs(width).items():
+        stats = ActivationStats(width, 1024, 0, has_moment=True)
+        for seed in range(4):
+            stats.update(draw(seed))
+        stats.update(draw(4), is_held_out=True)
+        x = draw(5)
+        target = nn.functional.linear(x, weight)
+        varying = float((target - target.mean(0)).square().sum())
+        for setting in bits:
+            config = QuantizationConfig.from_name(setting)
+            for preset in PRESETS:
+                if preset in OURS:
+                    config = QuantizationConfig.from_name(setting, mode=OURS[preset])
+                    both = config.weight_bits, config.activation_bits
+                    transform, report = choose_transform({"layer": weight}, stats, config, *both)
+                    curvature = None
+                    if config.rounding == "compensated":
+                        curvature = measure_curvature(transform, stats, both[1], config.damping)
+                    layer: nn.Module = quantize_linear(
+                        "layer", weight, None, transform, config, *both, torch.float32, None, curvature, report
+                    )
+                else:
+                    model = nn.Sequential(nn.Linear(width, height, bias=False))
+                    model[0].weight.data.copy_(weight)
+                    groups = [InputGroup(["0"], stats)]
+                    simulate(model, RECIPES[preset], groups, config.weight_bits, config.activation_bits)
+                    layer = model[0]
+                with torch.no_grad():
+                    error = float((layer(x) - target).square().sum()) / varying
+                rows.append({"input": name, "preset": preset, "bits": setting, "error": error})
+                print(f"{name:>15} {preset:>18} {setting}: {error:.4f}", flush=True)
+    return rows
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(results, indent=1))
+    os.replace(partial, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=demo.MODEL_FOLDER, help="folder of a diffusers pipeline")
+    parser.add_argument("--prompts", type=Path, help="one prompt in each line")
+    parser.add_argument("--calibration-prompts", type=Path, help="one prompt in each line")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS)
+    parser.add_argument("--bits", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--guidance-scale", type=float, default=demo.GUIDANCE_SCALE)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path("bench-work"), help="where the calibration is kept")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--layers", action="store_true")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if args.check:
+        check(args)
+    elif args.layers:
+        results = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+        results["layers"] = run_layers(("w4a8", "w4a4"))
+        write(args.out, results)
+    else:
+        results = run_all(args)
+        print(json.dumps({"rows": [{k: v for k, v in r.items() if k != "squared_errors"} for r in results["rows"]]}))
+
+
+if __name__ == "__main__":
+    main()
