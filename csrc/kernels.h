@@ -13,7 +13,8 @@ struct Kernels {
     const char *name;
     int64_t (*repeat_dots)(int64_t iterations);
     void (*apply_transform)(const lrq_transform &, int threads, float *out);
-    void (*quantize_tokens)(const lrq_transform &, int bits, double clip, int threads, int8_t *codes, float *scale);
+    void (*quantize_tokens)(const lrq_transform &, int bits, double clip, const int8_t *lookup, int threads,
+                            int8_t *codes, float *scale);
     void (*quantized_linear)(const lrq_weight &, int64_t rows, const int8_t *codes, const float *scale, int out_type,
                              int threads, void *out);
     void (*weight_only_linear)(const lrq_weight &, int64_t rows, const float *x, int out_type, int threads, void *out);

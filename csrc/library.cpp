@@ -283,14 +283,14 @@ int lrq_apply_transform(const lrq_transform *transform, int threads, float *out)
     });
 }
 
-int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, int threads, int8_t *codes,
-                        float *scale) {
+int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, const int8_t *lookup, int threads,
+                        int8_t *codes, float *scale) {
     return guarded([&] {
         check(transform, threads, codes);
         require(scale || !transform->rows, "quantize_tokens: the steps' memory is missing");
         require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
         require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");  // else x / step leaves the rounding's range
-        if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, threads, codes, scale);
+        if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, lookup, threads, codes, scale);
     });
 }
 

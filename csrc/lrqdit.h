@@ -72,9 +72,10 @@ LRQ_EXPORT int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operati
 
 /* out: float32 (rows, width). */
 LRQ_EXPORT int lrq_apply_transform(const lrq_transform *transform, int threads, float *out);
-/* codes: int8 (rows, width); scale: float32 (rows). */
-LRQ_EXPORT int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, int threads, int8_t *codes,
-                                   float *scale);
+/* codes: int8 (rows, width); scale: float32 (rows). lookup: int8 (256), what becomes of each code, at code + 128; or
+   NULL. */
+LRQ_EXPORT int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, const int8_t *lookup,
+                                   int threads, int8_t *codes, float *scale);
 /* out: (rows, N) of out_type = sum_k codes w * scale + bias. */
 LRQ_EXPORT int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *codes, const float *scale,
                                     int out_type, int threads, void *out);

@@ -476,13 +476,17 @@ LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int
     return step;
 }
 
-inline void quantize_tokens(const lrq_transform &t, int bits, double clip, int threads, int8_t *codes, float *scale) {
+inline void quantize_tokens(const lrq_transform &t, int bits, double clip, const int8_t *lookup, int threads,
+                            int8_t *codes, float *scale) {
     const Ready r = make_ready(t);
     const float clip_over_largest = static_cast<float>(clip / ((1 << (bits - 1)) - 1));
     parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
         const int64_t first = task * ROWS_PER_TASK;
         transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, Ints largest) {
-            scale[i] = quantize_row(row, largest, t.width, bits, clip_over_largest, codes + i * t.width);
+            int8_t *out = codes + i * t.width;
+            scale[i] = quantize_row(row, largest, t.width, bits, clip_over_largest, out);
+            if (lookup)
+                for (int64_t k = 0; k < t.width; ++k) out[k] = lookup[out[k] + 128];
         });
     });
 }

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 
 from lrqdit import rotation
 from lrqdit.activation import (
+    CLIP_RATIOS,
+    NORMAL_LEVELS,
     SMOOTHING_RANGE,
+    TOKEN_LEVELS,
     InputTransform,
     dequantize_tokens,
     quantize_tokens,
@@ -76,6 +79,28 @@ def test_clip_saturates():
     assert scale[0] == pytest.approx(2 / 7)
     assert codes[0].tolist() == [7, -8, 4, 0]  # 14, -14 and 3.85 steps
     assert quantize_tokens(x, 4, 1.0)[0][0].tolist() == [7, -7, 2, 0]
+
+
+def test_normal_levels_are_the_nearest():
+    steps = torch.arange(-127, 128).float()[None]
+    codes, scale = quantize_tokens(steps, 4, 1.0, "normal")
+    assert scale[0] == 1
+    levels = [sign * level for level in NORMAL_LEVELS for sign in (-1, 1)]
+    assert sorted(set(codes[0].tolist())) == sorted(levels)
+    nearest = [min(levels, key=lambda v: (abs(v - x), -abs(v), -v)) for x in range(-127, 128)]
+    assert codes[0].tolist() == nearest
+    zeros, scale = quantize_tokens(torch.zeros(1, 4), 4, 0.8, "normal")
+    assert not dequantize_tokens(zeros, scale).any()
+
+
+def test_normal_levels_fit_gaussian_tokens():
+    x = random(400, 1152)
+
+    def error(clip, levels):
+        return float((dequantize_tokens(*quantize_tokens(x, 4, clip, levels)) - x).square().mean())
+
+    best = {levels: min(error(clip, levels) for clip in CLIP_RATIOS) for levels in TOKEN_LEVELS}
+    assert best["normal"] < 0.0100 < 0.0118 < best["uniform"]  # Lloyd-Max is .0095
 
 
 def test_tiny_tokens_stay_finite():

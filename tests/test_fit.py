@@ -123,6 +123,18 @@ def test_clip():
     assert fit(random(24, 48, seed=1), heavy, preset="w4a4", is_clipped=False, **FAST)[1].clip == 1
 
 
+def test_token_levels():
+    x, weight = random(400, 96), random(24, 96, seed=1)
+    layer, _ = fit(weight, x, preset="w4a4", **FAST)
+    assert layer.format.token_levels == layer.input_transform.levels == "normal"
+    assert fit(weight, x, preset="w4a4", token_levels="uniform", **FAST)[0].format.token_levels == "uniform"
+    assert fit(weight, x, preset="w4a8", **FAST)[0].format.token_levels == "uniform"
+    coarse = torch.randint(-7, 8, (400, 96)).float()  # on a uniform grid already
+    coarse[:, 0] = 7
+    plain = {**FAST, "rotation": "none", "is_centred": False}
+    assert fit(weight, coarse, preset="w4a4", **plain)[0].format.token_levels == "uniform"
+
+
 @pytest.mark.parametrize("weight", [torch.zeros(7, 13), random(7, 13).abs(), -random(7, 13).abs()])
 @pytest.mark.parametrize("preset", ["w2a16", "w3a4", "w4a8", "w8a8"])
 def test_odd_weights(weight, preset):

@@ -65,11 +65,16 @@ def run_layer(x, name, layers, tensors):
     if layout.get("has_scale"):
         x = x * shared["input_scale_bits"].view(np.float16).astype(np.float64)
     x = rotate(x, layout, shared)
-    bits, largest = layout["activation_bits"], 2 ** (layout["activation_bits"] - 1) - 1
+    is_normal, bits = layout.get("token_levels") == "normal", layout["activation_bits"]
+    largest = 2 ** ((8 if is_normal else bits) - 1) - 1
     step = np.ones((len(x), 1))
     if bits < 16:
         step = layout.get("clip", 1.0) * np.abs(x).max(1, keepdims=True) / largest
         x = np.clip(np.rint(x / step), -largest - 1, largest)
+    if is_normal:
+        levels = np.array([6, 18, 31, 44, 58, 75, 96, 127])
+        distance = np.abs(np.abs(x)[..., None] - levels)
+        x = levels[7 - distance[..., ::-1].argmin(-1)] * np.where(x < 0, -1, 1)
     codes = read_codes(own["packed"], layout["out_features"], layout["in_features"], layout["weight_bits"])
     if layout.get("table_rows", 1) == 0:
         weight = codes - 128

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import lrqdit
 from lrqdit import kernels, native, ops, rotation
+from lrqdit.activation import normal_lookup
 from lrqdit.errors import KernelError
 from lrqdit.linear import LinearFormat, QuantLinear
 from lrqdit.packing import pack, packed_shape
@@ -83,6 +84,9 @@ def assert_prologue(x, arguments, bits, clip):
         torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
         ratio = (exact / scale.double()[:, None]).clamp(-largest - 1, largest)
         assert (ratio - codes).abs().max() <= 0.5 + 1e-4
+        if bits == 8:
+            normal, normal_scale = ops.quantize_tokens(x, *arguments, 4, clip, "normal")
+            assert torch.equal(normal, normal_lookup()[codes.int() + 128]) and torch.equal(normal_scale, scale)
         assert (codes != expected_codes).float().mean() < 0.01
         assert (codes.int() - expected_codes.int()).abs().max() <= 1
 

@@ -12,6 +12,7 @@ from test_ops import NO_TRANSFORM, random, random_weight, transform_arguments
 
 import lrqdit
 from lrqdit import gpu, ops, rotation
+from lrqdit.activation import normal_lookup
 from lrqdit.errors import ConfigError
 from lrqdit.linear import QuantLinear
 from lrqdit.speed import random_layer
@@ -55,6 +56,9 @@ def check_codes(x, arguments, bits, clip):
     exact = ops.reference_apply_transform(x, *arguments) / expected_scale[:, None]
     distance_to_tie = (exact - exact.floor() - 0.5).abs()
     assert (distance_to_tie[difference != 0] < 2e-4).all()
+    if bits == 8:
+        normal, _ = triton_prologue.quantize_tokens(x.to(DEVICE), *move(arguments), 4, clip, "normal")
+        assert torch.equal(normal.cpu(), normal_lookup()[codes.cpu().int() + 128])
 
 
 @pytest.mark.parametrize(

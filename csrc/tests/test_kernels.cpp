@@ -568,7 +568,7 @@ void check_transform(int rotation, int64_t width, const std::vector<int64_t> &fa
                 const double clip = rows % 2 ? 1.0 : 0.85;
                 Array<int8_t> codes(rows * width);
                 Array<float> scale(rows);
-                check(lrq_quantize_tokens(&t.c, bits, clip, threads, codes.data(), scale.data()) == 0, what + lrq_last_error());
+                check(lrq_quantize_tokens(&t.c, bits, clip, nullptr, threads, codes.data(), scale.data()) == 0, what + lrq_last_error());
                 const int most = (1 << (bits - 1)) - 1;
                 for (int64_t m = 0; m < rows; ++m) {
                     float largest = 0;
@@ -625,7 +625,7 @@ void test_special_rows() {
                 Array<int8_t> clean(9 * width), codes(9 * width);
                 Array<float> clean_scale(9), scale(9);
                 t = Transform(rotation, 9, width, factors, LRQ_FLOAT32, false, 7);
-                lrq_quantize_tokens(&t.c, bits, 1.0, 1, clean.data(), clean_scale.data());
+                lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, 1, clean.data(), clean_scale.data());
                 t.values[1 * width + 5] = nan;
                 t.values[2 * width + 6] = infinity;
                 t.values[3 * width + 7] = -infinity;
@@ -636,7 +636,7 @@ void test_special_rows() {
                     t.values[7 * width + k] = (k % 2 ? 1e-37f : -1e-37f) * static_cast<float>(k + 1);
                 }
                 t.refresh();
-                lrq_quantize_tokens(&t.c, bits, 1.0, 1, codes.data(), scale.data());
+                lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, 1, codes.data(), scale.data());
                 for (const int64_t row : {0, 8})
                     check(scale[row] == clean_scale[row] &&
                               !std::memcmp(codes.data() + row * width, clean.data() + row * width, width),
@@ -665,13 +665,13 @@ void test_quantize_bits() {
         lrq_use_isa(isa.c_str());
         Array<int8_t> codes(20);
         Array<float> scale(1);
-        lrq_quantize_tokens(&t.c, 4, 1.0, 1, codes.data(), scale.data());
+        lrq_quantize_tokens(&t.c, 4, 1.0, nullptr, 1, codes.data(), scale.data());
         check(scale[0] == 1.0f, "step 1 on " + isa);
         for (int64_t k = 0; k < 20; ++k) check(codes[k] == std::nearbyint(t.values[k]), "ties to even on " + isa);
-        lrq_quantize_tokens(&t.c, 4, 0.5, 1, codes.data(), scale.data());
+        lrq_quantize_tokens(&t.c, 4, 0.5, nullptr, 1, codes.data(), scale.data());
         check(scale[0] == 0.5f && codes[0] == -8 && codes[19] == 7, "clipped codes on " + isa);
         // far below what a checkpoint may hold: everything saturates, on its own side
-        lrq_quantize_tokens(&t.c, 8, 1e-3, 1, codes.data(), scale.data());
+        lrq_quantize_tokens(&t.c, 8, 1e-3, nullptr, 1, codes.data(), scale.data());
         for (int64_t k = 0; k < 20; ++k)
             check(codes[k] == (t.values[k] > 0 ? 127 : t.values[k] < 0 ? -128 : 0), "saturated codes on " + isa);
     }
@@ -746,7 +746,7 @@ void test_bad_arguments() {
         refuse(what, out, [&] { return lrq_apply_transform(&t.c, threads, output); });
         const Array<float> steps(5);
         refuse(what, out, [&] {
-            return lrq_quantize_tokens(&t.c, 8, 1.0, threads, reinterpret_cast<int8_t *>(output), steps.data());
+            return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, threads, reinterpret_cast<int8_t *>(output), steps.data());
         });
         check(steps.is_untouched(), text("%s: the steps were written", what));
     };
@@ -789,10 +789,10 @@ void test_bad_arguments() {
     const Transform t(LRQ_NONE, 5, 24, {}, LRQ_FLOAT32, true, 1);
     auto *codes_out = reinterpret_cast<int8_t *>(out.data());
     for (const int bits : {-1, 0, 1, 9, 100})
-        refuse("bits", out, [&] { return lrq_quantize_tokens(&t.c, bits, 1.0, 1, codes_out, scale.data()); });
+        refuse("bits", out, [&] { return lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, 1, codes_out, scale.data()); });
     for (const double clip : {0.0, -1.0, 1e-9, static_cast<double>(NAN)})
-        refuse("clip", out, [&] { return lrq_quantize_tokens(&t.c, 8, clip, 1, codes_out, scale.data()); });
-    refuse("no steps", out, [&] { return lrq_quantize_tokens(&t.c, 8, 1.0, 1, codes_out, nullptr); });
+        refuse("clip", out, [&] { return lrq_quantize_tokens(&t.c, 8, clip, nullptr, 1, codes_out, scale.data()); });
+    refuse("no steps", out, [&] { return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, 1, codes_out, nullptr); });
 
     // no rows: nothing to do, and nothing to point to
     check(lrq_quantized_linear(&good.c, 0, nullptr, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");

@@ -80,7 +80,7 @@ def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype:
 
 
 def _is_same_input(layout: LinearFormat, owner: LinearFormat | None) -> bool:
-    names = "in_features", "activation_bits", "rotation", "factors", "clip", "has_offset", "has_scale"
+    names = "in_features", "activation_bits", "rotation", "factors", "clip", "token_levels", "has_offset", "has_scale"
     return (
         owner is not None and owner.input_from is None and all(getattr(owner, n) == getattr(layout, n) for n in names)
     )

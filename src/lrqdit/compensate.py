@@ -66,7 +66,7 @@ def measure_curvature(
     exact = transform.apply(stats.tokens)
     seen = exact
     if activation_bits < 16:
-        seen = dequantize_tokens(*quantize_tokens(exact, activation_bits, transform.clip))
+        seen = dequantize_tokens(*quantize_tokens(exact, activation_bits, transform.clip, transform.levels))
     with single_thread():
         hessian = transform_moment(moment.float(), transform)
         energy, product = float(exact.double().square().sum()), float((exact.double() * seen.double()).sum())

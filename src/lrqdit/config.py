@@ -33,6 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
         "smoothing": "always",
         "is_centred": False,
         "is_clipped": False,
+        "token_levels": "uniform",
         "rounding": "nearest",
         "keep_bits": 16,
     },
@@ -40,6 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
 ROTATION_POLICIES = ("auto", "threshold", "none", "hadamard", "block_hadamard", "outlier")
 SMOOTHING_POLICIES = ("auto", "always", "never")
 TABLE_SCOPES = ("layer", "row")
+TOKEN_LEVEL_POLICIES = ("auto", "uniform", "normal")
 ROUNDING_POLICIES = ("nearest", "compensated")
 _KINDS: dict[str, Any] = {
     "codebook": str,
@@ -72,6 +74,8 @@ class QuantizationConfig:
         smoothing_alpha: exponent of the weights in the smoothing vector.
         is_centred: subtract the calibrated channel mean and fold it into the bias.
         is_clipped: fit a clip ratio of the per-token absmax for each layer.
+        token_levels: of 4-bit activations: ``uniform``, ``normal`` (Lloyd-Max levels of a Gaussian) or ``auto`` (the
+            smaller measured error); other activations are uniform.
         rounding: ``nearest``, or ``compensated`` (GPTQ where it lowers a layer's error on held-out prompts).
         damping: of the compensation's Hessian, relative to its mean diagonal.
         moment_gib: memory for second moments of layer inputs, in GiB; layers that find none left round plainly.
@@ -95,6 +99,7 @@ class QuantizationConfig:
     smoothing_alpha: float = 0.5
     is_centred: bool = True
     is_clipped: bool = True
+    token_levels: str = "auto"
     rounding: str = "compensated"
     damping: float = 0.03
     moment_gib: float = 16.0
@@ -117,6 +122,7 @@ class QuantizationConfig:
         _check_choice("table_scope", self.table_scope, TABLE_SCOPES)
         _check_choice("rotation", self.rotation, ROTATION_POLICIES)
         _check_choice("smoothing", self.smoothing, SMOOTHING_POLICIES)
+        _check_choice("token_levels", self.token_levels, TOKEN_LEVEL_POLICIES)
         _check_choice("rounding", self.rounding, ROUNDING_POLICIES)
         _check_choice("keep_bits", self.keep_bits, (8, 16))
         if not 0 < self.smoothing_alpha < 1:

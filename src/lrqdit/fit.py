@@ -10,6 +10,7 @@ The clip of each candidate is the ratio with the smallest error. On large layers
 weight is rounded to the nearest levels, or (``compensate``) so that later columns make up for earlier ones' errors.
 """
 
+import dataclasses
 import math
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
@@ -34,7 +35,7 @@ SALIENT_RATIO = 4.0
 ROWS_FOR_CHOICE = 384
 FLOAT16_MAX = 65504.0
 # By activation bits: clip * absmax with the smallest error on Gaussian tokens, in standard deviations (measured)
-GAUSSIAN_RANGE = {4: 2.25, 6: 3.1}
+GAUSSIAN_RANGE = {(4, "uniform"): 2.25, (4, "normal"): 2.75, (6, "uniform"): 3.1}
 
 
 @dataclass
@@ -158,18 +159,28 @@ def _fit_clip(
     transform: InputTransform, x: Tensor, weight: Tensor, target: Tensor, varying: float, bits: int,
     config: QuantizationConfig,
 ) -> tuple[InputTransform, float]:  # fmt: skip
-    """The clip ratio with the smallest output error; x and weight in the rotated basis, weight already quantized."""
+    """Clip ratio and token levels of the smallest output error; x and weight rotated, the weight quantized."""
     if bits == 16:
         return transform, squared_norm(F.linear(x, weight) - target) / max(varying, 1e-300)
-    best_clip, best_error = 1.0, math.inf
-    for clip in CLIP_RATIOS if config.is_clipped else (1.0,):
-        error = squared_norm(F.linear(dequantize_tokens(*quantize_tokens(x, bits, clip)), weight) - target)
-        if error >= best_error * 1.02:
-            break  # the error is unimodal in the clip
-        if error < best_error:
-            best_clip, best_error = clip, error
-    clipped = InputTransform(transform.rotation, transform.input_offset, transform.input_scale, best_clip)
-    return clipped, best_error / max(varying, 1e-300)
+    best, best_error = transform, math.inf
+    for levels in token_levels(config, bits):
+        smallest = math.inf
+        for clip in CLIP_RATIOS if config.is_clipped else (1.0,):
+            seen = dequantize_tokens(*quantize_tokens(x, bits, clip, levels))
+            error = squared_norm(F.linear(seen, weight) - target)
+            if error >= smallest * 1.02:
+                break  # the error is unimodal in the clip
+            smallest = min(smallest, error)
+            if error < best_error:
+                best, best_error = dataclasses.replace(transform, clip=clip, levels=levels), error
+    return best, best_error / max(varying, 1e-300)
+
+
+def token_levels(config: QuantizationConfig, bits: int) -> tuple[str, ...]:
+    """The kinds of levels that tokens of so many bits may take."""
+    if bits != 4 or config.token_levels == "uniform":
+        return ("uniform",)
+    return ("normal",) if config.token_levels == "normal" else ("normal", "uniform")
 
 
 def _fit_levels(name: str, weight: Tensor, bits: int, config: QuantizationConfig) -> codebook.Codebook:
@@ -194,16 +205,17 @@ def data_free_transform(in_features: int, config: QuantizationConfig, activation
     built = rotation.build(in_features, kind, config.seed * 1_000_003 + in_features)
     plain = rotation.Rotation.from_tensors(kind, in_features, built.factors, built.tensors())
     scale = None if built.signs is None else built.signs.to(torch.float16)
-    clip = gaussian_clip(in_features, activation_bits) if config.is_clipped else 1.0
-    return InputTransform(plain, None, scale, clip)
+    levels = token_levels(config, activation_bits)[0]
+    clip = gaussian_clip(in_features, activation_bits, levels) if config.is_clipped else 1.0
+    return InputTransform(plain, None, scale, clip, levels)
 
 
-def gaussian_clip(in_features: int, bits: int) -> float:
+def gaussian_clip(in_features: int, bits: int, levels: str = "uniform") -> float:
     """The clip ratio for tokens of independent Gaussian channels: the best range over the median of max |x_j|."""
-    if bits not in GAUSSIAN_RANGE:
+    if (bits, levels) not in GAUSSIAN_RANGE:
         return 1.0
     largest = NormalDist().inv_cdf((1 + 0.5 ** (1 / in_features)) / 2)
-    return min(1.0, round(GAUSSIAN_RANGE[bits] / largest, 2))
+    return min(1.0, round(GAUSSIAN_RANGE[bits, levels] / largest, 2))
 
 
 def quantize_linear(
@@ -245,6 +257,7 @@ def quantize_linear(
         rotation=r.kind,
         factors=r.factors,
         clip=transform.clip,
+        token_levels=transform.levels,
         has_bias=new_bias is not None,
         has_original_bias=bias is not None,
         has_offset=transform.input_offset is not None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrqdit import native, ops
+from lrqdit.activation import normal_lookup
 from lrqdit.errors import KernelError
 from lrqdit.hadamard import factor_matrix
 from lrqdit.packing import packed_shape
@@ -76,11 +77,12 @@ def apply_transform(x, input_offset, input_scale, rotation, factors, block1, per
 
 
 def _quantize_tokens(
-    x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip
+    x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"
 ) -> tuple[Tensor, Tensor]:
     call = _TransformCall(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], dtype=torch.float32)
-    native.call("lrq_quantize_tokens", call.structure, bits, clip, torch.get_num_threads(), codes, scale)
+    bits, lookup = (8, normal_lookup()) if levels == "normal" else (bits, None)
+    native.call("lrq_quantize_tokens", call.structure, bits, clip, lookup, torch.get_num_threads(), codes, scale)
     return codes, scale
 
 

@@ -36,6 +36,7 @@ class LinearFormat:
         rotation: kind of the rotation.
         factors: its Kronecker factors (or block sizes).
         clip: activation clip ratio.
+        token_levels: one of :data:`lrqdit.activation.TOKEN_LEVELS`; ``normal`` for 4-bit activations only.
         has_bias, has_offset, has_scale: which optional buffers exist.
         has_original_bias: whether the layer had a bias before centring gave it one.
         input_from: name of the layer whose input transform this one shares, or None.
@@ -50,6 +51,7 @@ class LinearFormat:
     rotation: str = "none"
     factors: tuple[int, ...] = ()
     clip: float = 1.0
+    token_levels: str = "uniform"
     has_bias: bool = True
     has_original_bias: bool = True
     has_offset: bool = False
@@ -84,6 +86,8 @@ class LinearFormat:
             raise ValueError(f"{self.out_features} x {self.in_features}, clip={self.clip}")
         if self.weight_bits not in WEIGHT_BITS or self.activation_bits not in ACTIVATION_BITS:
             raise ValueError(f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}")
+        if self.token_levels != "uniform" and (self.token_levels, self.activation_bits) != ("normal", 4):
+            raise ValueError(f"token_levels={self.token_levels!r} at {self.activation_bits} bits")
         if self.table_rows not in ((0,) if self.weight_bits == 8 else (1, self.out_features)):
             raise ValueError(f"table_rows={self.table_rows}")
         if self.rotation != "outlier":
@@ -228,7 +232,7 @@ class QuantLinear(nn.Linear):
             self._buffers.get("permutation"),
         )  # fmt: skip
         offset, scale = (self._float_view(f"input_{name}_bits", torch.float16) for name in ("offset", "scale"))
-        return InputTransform(rotation, offset, scale, self.format.clip)
+        return InputTransform(rotation, offset, scale, self.format.clip, self.format.token_levels)
 
     def dequantize(self) -> Tensor:
         """The weight this layer multiplies with, in the original basis: float32 (out_features, in_features)."""
@@ -285,7 +289,9 @@ class QuantLinear(nn.Linear):
             return found
         tokens = x.reshape(-1, self.in_features)
         format = self.format
-        codes, scale = ops.quantize_tokens(tokens, *self._input_arguments(), format.activation_bits, format.clip)
+        codes, scale = ops.quantize_tokens(
+            tokens, *self._input_arguments(), format.activation_bits, format.clip, format.token_levels
+        )
         if is_eager:
             self.shared_input.put(x, codes, scale)
         return codes, scale

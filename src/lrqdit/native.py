@@ -85,7 +85,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_apply_transform": (ctypes.c_int, (ctypes.POINTER(Transform), ctypes.c_int, _pointer)),
     "lrq_quantize_tokens": (
         ctypes.c_int,
-        (ctypes.POINTER(Transform), ctypes.c_int, ctypes.c_double, ctypes.c_int, _pointer, _pointer),
+        (ctypes.POINTER(Transform), ctypes.c_int, ctypes.c_double, _pointer, ctypes.c_int, _pointer, _pointer),
     ),
     "lrq_quantized_linear": (
         ctypes.c_int,

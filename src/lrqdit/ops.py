@@ -28,7 +28,7 @@ ROWS_PER_CHUNK = 2048
 
 LIBRARY = torch.library.Library("lrqdit", "DEF")
 LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
-LIBRARY.define(f"quantize_tokens({_TRANSFORM}, int bits, float clip) -> (Tensor, Tensor)")
+LIBRARY.define(f"quantize_tokens({_TRANSFORM}, int bits, float clip, str levels='uniform') -> (Tensor, Tensor)")
 LIBRARY.define(f"quantized_linear(Tensor codes, Tensor scale, {_WEIGHT}) -> Tensor")
 LIBRARY.define(f"weight_only_linear({_TRANSFORM}, {_WEIGHT}) -> Tensor")
 
@@ -71,10 +71,10 @@ def reference_apply_transform(x, input_offset, input_scale, rotation, factors, b
 
 
 def reference_quantize_tokens(
-    x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip
+    x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"
 ) -> tuple[Tensor, Tensor]:
     x = reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    return activation.quantize_tokens(x.contiguous(), bits, clip)
+    return activation.quantize_tokens(x.contiguous(), bits, clip, levels)
 
 
 def reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:
@@ -109,7 +109,7 @@ def _(x, input_offset, input_scale, rotation, factors, block1, permutation, bloc
 
 
 @torch.library.register_fake("lrqdit::quantize_tokens", lib=LIBRARY)
-def _(x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip):
+def _(x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"):
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 

@@ -96,8 +96,10 @@ def transform_tokens(
 def quantize_tokens(
     x: Tensor, input_offset: Tensor | None, input_scale: Tensor | None, rotation: str, factors: list[int],
     block1: Tensor | None, permutation: Tensor | None, block2: Tensor | None, bits: int, clip: float,
+    levels: str = "uniform",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``lrqdit::quantize_tokens``: codes int8 (tokens, K), steps float32 (tokens,)."""
+    bits = "normal" if levels == "normal" else bits
     return _run(x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip)
 
 
@@ -117,7 +119,7 @@ def _run(x, input_offset, input_scale, rotation, factors, block1, permutation, b
     if bits is None:
         return x, None
     if (axes := plan_rotation("none", (), x.shape[1])) is None:
-        return activation.quantize_tokens(x.contiguous(), bits, clip)
+        return activation.quantize_tokens(x.contiguous(), bits, clip, "normal" if bits == "normal" else "uniform")
     return _launch(x, None, None, None, axes, (NO_MATRIX,) * 3, bits, clip)
 
 
@@ -128,12 +130,12 @@ def _launch(x, input_offset, input_scale, permutation, axes, matrices, bits, cli
     steps = None if bits is None else torch.empty(tokens, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out, steps if steps is None else steps.zero_()
-    largest = 0 if bits is None else 2 ** (bits - 1) - 1
+    largest = 0 if bits is None else 127 if bits == "normal" else 2 ** (bits - 1) - 1
     pads = _padded_box(axes)
     _tokens_kernel[(min(tokens, _processors(x.device) * PROGRAMS_PER_PROCESSOR),)](
         x, input_offset, input_scale, permutation, *(matrix.values for matrix in matrices), out, steps,
         tokens, x.stride(0), math.prod(matrix.norm for matrix in matrices), clip / max(1, largest),
-        *(axis.length for axis in axes), *pads, *(matrix.kind for matrix in matrices), largest,
+        *(axis.length for axis in axes), *pads, *(matrix.kind for matrix in matrices), largest, bits == "normal",
         num_warps=min(_most_warps(x.device), max(4, math.prod(pads) // 1024)), num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return out, steps
@@ -252,12 +254,22 @@ def _absmax(x):
 
 
 @triton.jit
+def _normal_level(code):
+    """activation.normal_lookup: the nearest of NORMAL_LEVELS, 6, 18, 31, 44, 58, 75, 96 and 127 of either sign."""
+    size = 2 * tl.abs(code)
+    level = 6 + 12 * (size >= 24).to(tl.int32) + 13 * (size >= 49).to(tl.int32) + 13 * (size >= 75).to(tl.int32)
+    level += 14 * (size >= 102).to(tl.int32) + 17 * (size >= 133).to(tl.int32)
+    level += 21 * (size >= 171).to(tl.int32) + 31 * (size >= 223).to(tl.int32)
+    return tl.where(code < 0, -level, level)
+
+
+@triton.jit
 def _tokens_kernel(
     x, offset, scale, permutation, matrix_a, matrix_b, matrix_c, out, steps, tokens, row_stride, norm, clip_ratio,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     PAD_A: tl.constexpr, PAD_B: tl.constexpr, PAD_C: tl.constexpr,
     KIND_A: tl.constexpr, KIND_B: tl.constexpr, KIND_C: tl.constexpr,
-    LARGEST: tl.constexpr,
+    LARGEST: tl.constexpr, HAS_NORMAL_LEVELS: tl.constexpr,
 ):  # fmt: skip
     IS_ROTATED: tl.constexpr = KIND_A + KIND_B + KIND_C > 0
     row, c = tl.arange(0, PAD_A * PAD_B)[:, None], tl.arange(0, PAD_C)[None, :]
@@ -306,6 +318,8 @@ def _tokens_kernel(
             code = tl.minimum(tl.maximum(code, -LARGEST - 1.0), LARGEST + 0.0)
             # adding 1.5 * 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits
             code = (code + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+            if HAS_NORMAL_LEVELS:
+                code = _normal_level(code.to(tl.int32)).to(tl.int8)
             tl.store(out + start * (A * B * C) + channel, code, mask=mask)
             tl.store(steps + token, step)
         else:
