@@ -180,10 +180,17 @@ struct Buffer {
 void *scratch(Slot slot, size_t bytes) {
     thread_local Buffer buffers[SLOT_COUNT];
     Buffer &buffer = buffers[slot];
-    if (buffer.size < bytes) {
+#ifdef LRQ_EXACT_SCRATCH  // so that the address sanitizer sees the end of every one
+    const size_t page = 64;
+    const bool is_right = buffer.size == (bytes + 63) / 64 * 64;
+#else
+    const size_t page = 4096;
+    const bool is_right = buffer.size >= bytes;
+#endif
+    if (!is_right) {
         std::free(buffer.memory);
         buffer.size = 0;
-        bytes = (bytes + 4095) / 4096 * 4096;
+        bytes = (bytes + page - 1) / page * page;
         buffer.memory = std::aligned_alloc(64, bytes);
         if (!buffer.memory) throw std::bad_alloc();
         std::memset(buffer.memory, 0, 64);

@@ -38,7 +38,7 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
-#if defined(__aarch64__)
+#if defined(__aarch64__) || defined(__clang__)
 typedef __fp16 Half;  // GCC has _Float16 in C++ for ARM from version 13 on
 #else
 typedef _Float16 Half;

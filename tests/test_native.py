@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -435,8 +436,11 @@ def random_layer(out_features, in_features, bits, activation_bits=8, kind="hadam
 
 
 @pytest.mark.parametrize("activation_bits", [8, 16])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in inductor
 def test_compiled(backend, activation_bits):
+    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("inductor needs a C++ compiler")
     layer, x = random_layer(20, 24, 4, activation_bits), random(2, 5, 24)
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
