@@ -137,7 +137,7 @@ inline Shape shape_of(const lrq_weight &w, int64_t rows, int threads) {
     s.groups = ceil_div(s.blocks, s.group_blocks);
     s.group_blocks = ceil_div(s.blocks, s.groups);  // even
     s.groups = ceil_div(s.blocks, s.group_blocks);
-    int64_t chunk = ceil_div(rows * s.groups, 16 * threads);
+    int64_t chunk = ceil_div(rows * s.groups, 24 * threads);
     chunk = chunk < 64 ? 64 : chunk > 512 ? 512 : chunk;
     s.chunk = least(round_up(chunk, TOKENS), rows);
     s.chunks = ceil_div(rows, s.chunk);

@@ -6,6 +6,7 @@
 // is a vector, and no width is special.
 #pragma once
 
+#include "decode.h"
 #include "kernels.h"
 #include "vectors.h"
 
@@ -476,17 +477,56 @@ LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int
     return step;
 }
 
+// A lookup of codes in vectors, if it is odd and has at most one step in every 16 magnitudes.
+struct Staircase {
+    alignas(16) uint8_t low[16], high[16], step[16];  // by magnitude / 16: levels before and from the step, its place
+};
+
+inline bool build_staircase(const int8_t *lookup, Staircase &s) {
+    for (int m = 1; m < 128; ++m)
+        if (lookup[128 - m] != -lookup[128 + m]) return false;
+    if (lookup[0] != lookup[1]) return false;
+    for (int block = 0; block < 16; ++block) {
+        const int8_t *levels = lookup + 128 + 16 * (block < 8 ? block : 7);  // -128 counts as -127
+        int step = 0;
+        while (step < 16 && levels[step] == levels[0]) ++step;
+        for (int i = step; i < 16; ++i)
+            if (levels[i] != levels[15]) return false;
+        s.low[block] = static_cast<uint8_t>(block < 8 ? levels[0] : levels[15]);
+        s.high[block] = static_cast<uint8_t>(levels[15]), s.step[block] = static_cast<uint8_t>(step);
+    }
+    return true;
+}
+
+inline void map_codes(int8_t *codes, int64_t count, const int8_t *lookup, const Staircase *stairs) {
+    int64_t k = 0;
+    if (stairs) {
+        const u8x16 lows = load<u8x16>(stairs->low), highs = load<u8x16>(stairs->high);
+        const u8x16 steps = load<u8x16>(stairs->step);
+        for (; k + 16 <= count; k += 16) {
+            const i8x16 code = load<i8x16>(codes + k);
+            const u8x16 is_negative = (u8x16)(code < 0);
+            const u8x16 magnitude = ((u8x16)code ^ is_negative) - is_negative, block = magnitude >> 4;
+            const u8x16 is_low = (u8x16)((i8x16)(magnitude & 15) < (i8x16)look_up(steps, block));
+            const u8x16 level = (look_up(lows, block) & is_low) | (look_up(highs, block) & ~is_low);
+            store(codes + k, (level ^ is_negative) - is_negative);
+        }
+    }
+    for (; k < count; ++k) codes[k] = lookup[codes[k] + 128];
+}
+
 inline void quantize_tokens(const lrq_transform &t, int bits, double clip, const int8_t *lookup, int threads,
                             int8_t *codes, float *scale) {
     const Ready r = make_ready(t);
     const float clip_over_largest = static_cast<float>(clip / ((1 << (bits - 1)) - 1));
+    Staircase stairs;
+    const bool is_staircase = lookup && build_staircase(lookup, stairs);
     parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
         const int64_t first = task * ROWS_PER_TASK;
         transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, Ints largest) {
             int8_t *out = codes + i * t.width;
             scale[i] = quantize_row(row, largest, t.width, bits, clip_over_largest, out);
-            if (lookup)
-                for (int64_t k = 0; k < t.width; ++k) out[k] = lookup[out[k] + 128];
+            if (lookup) map_codes(out, t.width, lookup, is_staircase ? &stairs : nullptr);
         });
     });
 }
