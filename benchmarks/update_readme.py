@@ -4,6 +4,9 @@ make demo && cp demo-out/results.json benchmarks/results/demo.json && cp demo-ou
 python benchmarks/bench_captions.py w4a8 w3a8 w4a4 | tail -1 > benchmarks/results/captions.json
 python benchmarks/bench_levels.py | tail -1 > benchmarks/results/levels.json
 python benchmarks/bench_quality.py && python benchmarks/bench_quality.py --layers
+python benchmarks/bench_linear.py | tail -1 > benchmarks/results/linear.json
+python benchmarks/bench_step.py | tail -1 > benchmarks/results/step.json
+python benchmarks/bench_quantize.py | tail -1 > benchmarks/results/quantize.json
 python benchmarks/update_readme.py
 """
 
@@ -91,6 +94,38 @@ def quality_table() -> list[str]:
     return lines
 
 
+def speed_table() -> list[str]:
+    """Layers, a step and the quantizer on the machine that measured them."""
+    linear, step, quantize = read("linear"), read("step"), read("quantize")
+    presets = list(dict.fromkeys(layer["preset"] for layer in linear["layers"]))
+    shapes = list(dict.fromkeys(tuple(layer["shape"]) for layer in linear["layers"]))
+    found = {(tuple(layer["shape"]), layer["preset"]): layer for layer in linear["layers"]}
+    peers = list(dict.fromkeys(name for layer in linear["layers"] for name in layer["ratio_to_peers"]))
+    lines = [
+        f"Whole layers (rotation and quantization of the input included) on {linear['threads']} cores of "
+        f"{quantize['machine']['processor']}, {linear['isa'].removeprefix('CPU kernels: native, ')},",
+        "as multiples of the speed of a bfloat16 `F.linear`, measured in turns in one process; the last columns are our",
+        f"speed at {presets[0]} over a bare `torch._int_mm`, and over other libraries' whole layers:",
+        "",
+        "| tokens, in, out | " + " | ".join([*presets, "float32", "over `_int_mm`", *peers]) + " |",
+        "|---" * (3 + len(presets) + len(peers)) + "|",
+    ]
+    for shape in shapes:
+        first = found[shape, presets[0]]
+        values = [f"**{found[shape, preset]['ratio_to_bf16']:.2f}**" for preset in presets]
+        values += [f"{first['ratio_to_bf16'] / first['ratio_to_fp32']:.2f}", f"{1 / first['time_over_int_mm']:.2f}"]
+        values += [f"{first['ratio_to_peers'][name]:.2f}" if name in first["ratio_to_peers"] else "-" for name in peers]
+        lines.append(f"| {', '.join(map(str, shape))} | " + " | ".join(values) + " |")
+    return [
+        *lines,
+        "",
+        f"One step of PixArt-Sigma XL/2 at {step['pixels']} pixels with guidance, {step['preset']}: "
+        f"{step['ratio_to_bf16']:.2f} x the speed of bfloat16 at {step['memory_ratio']:.2f} x its peak memory.",
+        f"Quantizing (rotation, levels, codes, packing): {quantize['weights_per_second'] / 1e6:.0f} million weights per "
+        "second.",
+    ]
+
+
 def caption_sentence() -> str:
     """For the demo model's card: how often it draws what it was asked for."""
     row = next(row for row in read("captions")["rows"] if row["model"] == "original")
@@ -109,6 +144,7 @@ def fill(path: Path, marker: str, content: str) -> None:
 def main() -> None:
     tables = [*demo_table(), "", *quality_table(), "", *level_table()]
     fill(ROOT / "README.md", "results", "\n" + "\n".join(tables) + "\n")
+    fill(ROOT / "README.md", "speed", "\n" + "\n".join(speed_table()) + "\n")
     fill(ROOT / "src/lrqdit/demo_model/README.md", "share", caption_sentence())
 
 
