@@ -104,8 +104,8 @@ def speed_table() -> list[str]:
     lines = [
         f"Whole layers (rotation and quantization of the input included) on {linear['threads']} cores of "
         f"{quantize['machine']['processor']}, {linear['isa'].removeprefix('CPU kernels: native, ')},",
-        "as multiples of the speed of a bfloat16 `F.linear`, measured in turns in one process; the last columns are our",
-        f"speed at {presets[0]} over a bare `torch._int_mm`, and over other libraries' whole layers:",
+        "as multiples of the speed of a bfloat16 `F.linear`, measured in turns in one process; the last columns are",
+        f"our speed at {presets[0]} over a bare `torch._int_mm`, and over other libraries' whole layers:",
         "",
         "| tokens, in, out | " + " | ".join([*presets, "float32", "over `_int_mm`", *peers]) + " |",
         "|---" * (3 + len(presets) + len(peers)) + "|",
@@ -121,7 +121,7 @@ def speed_table() -> list[str]:
         "",
         f"One step of PixArt-Sigma XL/2 at {step['pixels']} pixels with guidance, {step['preset']}: "
         f"{step['ratio_to_bf16']:.2f} x the speed of bfloat16 at {step['memory_ratio']:.2f} x its peak memory.",
-        f"Quantizing (rotation, levels, codes, packing): {quantize['weights_per_second'] / 1e6:.0f} million weights per "
+        f"Quantizing (rotation, levels, packing): {quantize['weights_per_second'] / 1e6:.0f} million weights per "
         "second.",
     ]
 
