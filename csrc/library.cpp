@@ -61,7 +61,8 @@ const char *missing_avxvnni() {
 const char *missing_neon() {
 #ifdef __linux__
     // HWCAP_ASIMDHP and HWCAP_ASIMDDP, which older headers do not name; other systems have no CPU without them
-    return getauxval(AT_HWCAP) >> 10 & getauxval(AT_HWCAP) >> 20 & 1 ? "" : "this CPU has no NEON dot product with float16";
+    const unsigned long has = getauxval(AT_HWCAP);
+    return has >> 10 & has >> 20 & 1 ? "" : "this CPU has no NEON dot product with float16";
 #else
     return "";
 #endif
@@ -279,7 +280,8 @@ int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, i
         check(transform, threads, codes);
         require(scale || !transform->rows, "quantize_tokens: the steps' memory is missing");
         require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
-        require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");  // else x / step leaves the rounding's range
+        // below, x / step would leave the range of the rounding
+        require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");
         if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, threads, codes, scale);
     });
 }

@@ -28,11 +28,6 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
-#if defined(__aarch64__) || defined(__clang__)
-typedef __fp16 Half;  // GCC has _Float16 in C++ for ARM from version 13 on
-#else
-typedef _Float16 Half;
-#endif
 
 #if defined(__clang__)
 #define LRQ_SHUFFLE16(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
@@ -109,18 +104,26 @@ LRQ_INLINE i32x16 lesser(i32x16 a, i32x16 b) {
 
 LRQ_INLINE f32x16 from_bfloat16(u16x16 bits) { return (f32x16)(__builtin_convertvector(bits, u32x16) << 16); }
 
+// Without _Float16, which GCC before 12 (on ARM 13) and Clang before 15 do not have, or only by a call to their library.
 LRQ_INLINE f32x16 from_float16(u16x16 bits) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_cvtph_ps((__m256i)bits);
-#else
+#elif defined(__F16C__)
+    __m128i halves[2];
+    __builtin_memcpy(halves, &bits, 32);
+    const __m256 parts[2] = {_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])};
+    return load<f32x16>(parts);
+#elif defined(__aarch64__)
+    __fp16 halves[16];
+    __builtin_memcpy(halves, &bits, 32);
     f32x16 v;
-    for (int i = 0; i < 16; ++i) {
-        Half half;
-        const uint16_t one = bits[i];
-        __builtin_memcpy(&half, &one, 2);
-        v[i] = half;
-    }
+    for (int i = 0; i < 16; ++i) v[i] = halves[i];
     return v;
+#else
+    const u32x16 wide = __builtin_convertvector(bits, u32x16), magnitude = (wide & 0x7fff) << 13;
+    const u32x16 finite = (u32x16)((f32x16)magnitude * 0x1p112f);  // exact, denormal halves included
+    const u32x16 is_special = (u32x16)(magnitude >= 0x7c00u << 13);
+    return (f32x16)((finite & ~is_special) | (is_special & (magnitude | 0x7f800000)) | (wide & 0x8000) << 16);
 #endif
 }
 
@@ -135,15 +138,25 @@ LRQ_INLINE u16x16 to_bfloat16(f32x16 v) {
 LRQ_INLINE u16x16 to_float16(f32x16 v) {
 #if defined(__AVX512F__)
     return (u16x16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    __m256 parts[2];
+    __builtin_memcpy(parts, &v, 64);
+    const __m128i halves[2] = {_mm256_cvtps_ph(parts[0], _MM_FROUND_TO_NEAREST_INT),
+                               _mm256_cvtps_ph(parts[1], _MM_FROUND_TO_NEAREST_INT)};
+    return load<u16x16>(halves);
+#elif defined(__aarch64__)
+    __fp16 halves[16];
+    for (int i = 0; i < 16; ++i) halves[i] = static_cast<__fp16>(v[i]);
+    return load<u16x16>(halves);
 #else
-    u16x16 bits;
-    for (int i = 0; i < 16; ++i) {
-        const Half half = static_cast<Half>(v[i]);
-        uint16_t one;
-        __builtin_memcpy(&one, &half, 2);
-        bits[i] = one;
-    }
-    return bits;
+    const u32x16 bits = (u32x16)v, magnitude = bits & 0x7fffffff;
+    const u32x16 normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+    const u32x16 denormal = (u32x16)((f32x16)magnitude + 0.5f) - 0x3f000000;  // 0.5 + x is rounded to the units of these
+    const u32x16 is_small = (u32x16)(magnitude < 0x38800000), is_large = (u32x16)(magnitude >= 0x47800000);
+    const u32x16 is_nan = (u32x16)(magnitude > 0x7f800000);
+    const u32x16 finite = (denormal & is_small) | (normal & ~is_small);
+    const u32x16 half = (finite & ~is_large) | (is_large & 0x7c00) | (is_nan & 0x7e00) | (bits >> 16 & 0x8000);
+    return __builtin_convertvector(half, u16x16);
 #endif
 }
 
