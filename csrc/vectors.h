@@ -104,7 +104,7 @@ LRQ_INLINE i32x16 lesser(i32x16 a, i32x16 b) {
 
 LRQ_INLINE f32x16 from_bfloat16(u16x16 bits) { return (f32x16)(__builtin_convertvector(bits, u32x16) << 16); }
 
-// Without _Float16, which GCC before 12 (on ARM 13) and Clang before 15 do not have, or only by a call to their library.
+// Without _Float16: GCC before 12 (on ARM 13) and Clang before 15 lack it, or call their library for it.
 LRQ_INLINE f32x16 from_float16(u16x16 bits) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_cvtph_ps((__m256i)bits);
@@ -151,7 +151,7 @@ LRQ_INLINE u16x16 to_float16(f32x16 v) {
 #else
     const u32x16 bits = (u32x16)v, magnitude = bits & 0x7fffffff;
     const u32x16 normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
-    const u32x16 denormal = (u32x16)((f32x16)magnitude + 0.5f) - 0x3f000000;  // 0.5 + x is rounded to the units of these
+    const u32x16 denormal = (u32x16)((f32x16)magnitude + 0.5f) - 0x3f000000;  // 0.5 + x is rounded to their units
     const u32x16 is_small = (u32x16)(magnitude < 0x38800000), is_large = (u32x16)(magnitude >= 0x47800000);
     const u32x16 is_nan = (u32x16)(magnitude > 0x7f800000);
     const u32x16 finite = (denormal & is_small) | (normal & ~is_small);
