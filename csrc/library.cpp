@@ -296,7 +296,8 @@ int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, c
         check(transform, threads, codes);
         require(scale || !transform->rows, "quantize_tokens: the steps' memory is missing");
         require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
-        require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");  // else x / step leaves the rounding's range
+        // below, x / step would leave the range of the rounding
+        require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");
         if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, lookup, threads, codes, scale);
     });
 }

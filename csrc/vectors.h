@@ -38,11 +38,6 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
-#if defined(__aarch64__) || defined(__clang__)
-typedef __fp16 Half;  // GCC has _Float16 in C++ for ARM from version 13 on
-#else
-typedef _Float16 Half;
-#endif
 
 #if defined(__clang__)
 #define LRQ_SHUFFLE4(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -149,15 +144,17 @@ LRQ_INLINE Floats from_float16(Halves bits) {
     return (Floats)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__F16C__)
     return (Floats)_mm256_cvtph_ps((__m128i)bits);
-#else
+#elif defined(__aarch64__)
+    __fp16 halves[WIDTH];
+    __builtin_memcpy(halves, &bits, sizeof halves);
     Floats v;
-    for (int i = 0; i < WIDTH; ++i) {
-        Half half;
-        const uint16_t one = bits[i];
-        __builtin_memcpy(&half, &one, 2);
-        v[i] = half;
-    }
+    for (int i = 0; i < WIDTH; ++i) v[i] = halves[i];
     return v;
+#else
+    const Words wide = __builtin_convertvector(bits, Words), magnitude = (wide & 0x7fff) << 13;
+    const Words finite = (Words)((Floats)magnitude * 0x1p112f);  // exact, denormal halves included
+    const Words is_special = (Words)(magnitude >= 0x7c00u << 13);
+    return (Floats)((finite & ~is_special) | (is_special & (magnitude | 0x7f800000)) | (wide & 0x8000) << 16);
 #endif
 }
 
@@ -166,15 +163,19 @@ LRQ_INLINE Halves to_float16(Floats v) {
     return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
     return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+    __fp16 halves[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) halves[i] = static_cast<__fp16>(v[i]);
+    return load<Halves>(halves);
 #else
-    Halves bits;
-    for (int i = 0; i < WIDTH; ++i) {
-        const Half half = static_cast<Half>(v[i]);
-        uint16_t one;
-        __builtin_memcpy(&one, &half, 2);
-        bits[i] = one;
-    }
-    return bits;
+    const Words bits = (Words)v, magnitude = bits & 0x7fffffff;
+    const Words normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+    const Words denormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000;  // 0.5 + x is rounded to their units
+    const Words is_small = (Words)(magnitude < 0x38800000), is_large = (Words)(magnitude >= 0x47800000);
+    const Words is_nan = (Words)(magnitude > 0x7f800000);
+    const Words finite = (denormal & is_small) | (normal & ~is_small);
+    const Words half = (finite & ~is_large) | (is_large & 0x7c00) | (is_nan & 0x7e00) | (bits >> 16 & 0x8000);
+    return __builtin_convertvector(half, Halves);
 #endif
 }
 

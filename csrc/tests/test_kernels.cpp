@@ -1,7 +1,7 @@
 // Tests of the C interface against a naive reference in int64 and double, on every instruction set this CPU has.
 //
-// Every buffer is a heap block of exactly its size, so the address sanitizer sees one byte too many. Prints one line for
-// each check that failed and ends with status 1 if any did.
+// Every buffer is a heap block of exactly its size, so the address sanitizer sees one byte too many. Prints one line
+// for each check that failed and ends with status 1 if any did.
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -41,7 +41,8 @@ std::string text(const char *format, ...) {
 }
 
 // Exactly sized heap memory (std::vector may reserve more); unlike it, bytes that compare as a whole.
-template <class T> class Array {
+template <class T>
+class Array {
   public:
     explicit Array(int64_t size = 0) : size_(size), data_(new T[size]) { std::memset(data(), 0xa5, bytes()); }
     Array(const Array &other) : Array(other.size_) { std::memcpy(data(), other.data(), bytes()); }
@@ -95,7 +96,8 @@ float from_half(uint16_t half) {
     const int exponent = half >> 10 & 31, fraction = half & 1023;
     const double sign = half >> 15 ? -1 : 1;
     if (exponent == 31) return static_cast<float>(fraction ? NAN : sign * INFINITY);
-    return static_cast<float>(sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24)));
+    return static_cast<float>(sign *
+                              (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24)));
 }
 
 uint16_t to_half(float x) {
@@ -104,7 +106,8 @@ uint16_t to_half(float x) {
     if (magnitude >= 65520) return sign | 0x7c00;
     const int exponent = std::max(magnitude > 0 ? std::ilogb(magnitude) : -14, -14);
     const int fraction = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // to even
-    return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + fraction));  // a fraction of 1024 is the implicit bit
+    return static_cast<uint16_t>(sign |
+                                 (((exponent + 14) << 10) + fraction));  // a fraction of 1024 is the implicit bit
 }
 
 uint16_t to_bfloat16(float x) {
@@ -146,8 +149,14 @@ struct Weight {
     lrq_weight c{};
 
     Weight(int64_t n, int64_t k, int bits, bool has_row_tables, bool has_bias, uint64_t seed, bool is_extreme = false)
-        : n(n), k(k), bits(bits), packed((n + 15) / 16 * ((k + 15) / 16) * 32 * bits),
-          table(bits == 8 ? 0 : (has_row_tables ? n : 1) << bits), dense(n * k), row_scale(n), bias(has_bias ? n : 0) {
+        : n(n),
+          k(k),
+          bits(bits),
+          packed((n + 15) / 16 * ((k + 15) / 16) * 32 * bits),
+          table(bits == 8 ? 0 : (has_row_tables ? n : 1) << bits),
+          dense(n * k),
+          row_scale(n),
+          bias(has_bias ? n : 0) {
         Random random{seed};
         for (int64_t i = 0; i < table.size(); ++i)
             table[i] = static_cast<int8_t>(is_extreme ? -128 : random.below(256) - 128);
@@ -160,10 +169,19 @@ struct Weight {
             for (int64_t j = 0; j < k; ++j) {
                 const int code = static_cast<int>(is_extreme ? 0 : random.below(1 << bits));
                 put(i, j, code);
-                dense[i * k + j] = static_cast<int8_t>(bits == 8 ? code - 128 : table[((has_row_tables ? i : 0) << bits) + code]);
+                dense[i * k + j] =
+                    static_cast<int8_t>(bits == 8 ? code - 128 : table[((has_row_tables ? i : 0) << bits) + code]);
             }
-        c = {packed.data(), bits == 8 ? nullptr : table.data(), row_scale.data(), has_bias ? bias.data() : nullptr,
-             n, k, bits == 8 ? 0 : has_row_tables ? n : 1, bits};
+        c = {packed.data(),
+             bits == 8 ? nullptr : table.data(),
+             row_scale.data(),
+             has_bias ? bias.data() : nullptr,
+             n,
+             k,
+             bits == 8        ? 0
+             : has_row_tables ? n
+                              : 1,
+             bits};
     }
 
     // The layout as lrqdit/packing.py describes it.
@@ -218,7 +236,8 @@ void check_product(const Weight &w, int64_t rows, const std::vector<int> &types,
             lrq_use_isa(isa.c_str());
             for (const int count : threads) {
                 Array<uint8_t> out(rows * w.n * element_size(type));
-                const int status = lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), type, count, out.data());
+                const int status =
+                    lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), type, count, out.data());
                 check(status == 0 && out == bytes,
                       text("quantized_linear on %s: %d bits, M %d, N %d, K %d, %d table rows, type %d, %d threads: %s",
                            isa.c_str(), w.bits, int(rows), int(w.n), int(w.k), int(w.c.table_rows), type, count,
@@ -273,8 +292,14 @@ void test_conversions() {
         const float half = from_half(static_cast<uint16_t>(random.below(0x7bff)));
         const float next = from_half(static_cast<uint16_t>(to_half(half) + 1));
         const float tie = (half + next) / 2;
-        const float values[] = {tie, float_of(bits_of(tie) + 1), float_of(bits_of(tie) - 1), half, 70000.0f, 65519.9f,
-                                random.real() * 1e-7f, float_of(static_cast<uint32_t>(random.next()) & 0xbf7fffff)};
+        const float values[] = {tie,
+                                float_of(bits_of(tie) + 1),
+                                float_of(bits_of(tie) - 1),
+                                half,
+                                70000.0f,
+                                65519.9f,
+                                random.real() * 1e-7f,
+                                float_of(static_cast<uint32_t>(random.next()) & 0xbf7fffff)};
         w.row_scale[i] = values[i % 8];
         w.dense[i] = 1;
     }
@@ -283,6 +308,23 @@ void test_conversions() {
     Array<int8_t> codes(5);
     std::memset(codes.data(), 1, 5);
     check_product(w, 5, ALL_TYPES, {1}, codes);
+    // every half and every bfloat16, to float32
+    Array<uint16_t> all(1 << 16);
+    for (int i = 0; i < 1 << 16; ++i) all[i] = static_cast<uint16_t>(i);
+    for (const int type : {LRQ_BFLOAT16, LRQ_FLOAT16})
+        for (const std::string &isa : supported()) {
+            lrq_use_isa(isa.c_str());
+            lrq_transform t{};
+            t.x = all.data(), t.x_type = type, t.rows = 4, t.width = 1 << 14;
+            Array<float> out(1 << 16);
+            lrq_apply_transform(&t, 1, out.data());
+            bool is_right = true;
+            for (int i = 0; i < 1 << 16; ++i) {
+                const float value = type == LRQ_FLOAT16 ? from_half(all[i]) : from_bfloat16(all[i]);
+                is_right &= std::isnan(value) ? std::isnan(out[i]) : bits_of(value) == bits_of(out[i]);
+            }
+            check(is_right, text("inputs of type %d on %s", type, isa.c_str()));
+        }
     for (uint32_t half = 0; half < 0x7c00; ++half)
         check(to_half(from_half(static_cast<uint16_t>(half))) == half, "the test's own to_half");
 }
@@ -300,9 +342,10 @@ void test_weight_only() {
                         for (const int threads : {1, 2}) {
                             lrq_use_isa(isa.c_str());
                             Array<float> y(rows * n);
-                            const std::string what = text("weight_only_linear on %s: %d bits, M %d, N %d, K %d", isa.c_str(),
-                                                          bits, int(rows), int(n), int(k));
-                            const int status = lrq_weight_only_linear(&w.c, rows, x.data(), LRQ_FLOAT32, threads, y.data());
+                            const std::string what = text("weight_only_linear on %s: %d bits, M %d, N %d, K %d",
+                                                          isa.c_str(), bits, int(rows), int(n), int(k));
+                            const int status =
+                                lrq_weight_only_linear(&w.c, rows, x.data(), LRQ_FLOAT32, threads, y.data());
                             if (!check(status == 0, what)) return;
                             if (first.size()) check(first == y, what + ": other bytes than the first instruction set");
                             for (int64_t m = 0; m < rows; ++m)
@@ -314,7 +357,8 @@ void test_weight_only() {
                                     }
                                     const double bias = w.c.bias ? w.bias[i] : 0, scale = w.row_scale[i];
                                     const double error = std::fabs(y[m * n + i] - (sum * scale + bias));
-                                    check(error <= 1e-6 * (size * scale + std::fabs(bias)), what + text(": error %g", error));
+                                    check(error <= 1e-6 * (size * scale + std::fabs(bias)),
+                                          what + text(": error %g", error));
                                 }
                             for (const int type : {LRQ_BFLOAT16, LRQ_FLOAT16}) {
                                 Array<uint8_t> out(rows * n * 2);
@@ -362,7 +406,8 @@ void test_concurrent_callers() {
                 is_right[i] = true;
                 for (int round = 0; round < 10; ++round) {
                     Array<float> y(rows * w.n);
-                    is_right[i] &= !lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), LRQ_FLOAT32, 1, y.data());
+                    is_right[i] &=
+                        !lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), LRQ_FLOAT32, 1, y.data());
                     is_right[i] &= y == expected;
                     is_right[i] &= lrq_quantized_linear(&w.c, -1, nullptr, nullptr, 0, 1, nullptr) != 0;
                     is_right[i] &= std::strlen(lrq_last_error()) > 0;  // one per thread
@@ -392,7 +437,8 @@ std::vector<int> jacobsthal(int size, int prime, int degree) {
             character[number] = 1 - 2 * (power % 2);
             std::vector<int> shifted(degree);
             for (int place = 0; place < degree; ++place)
-                shifted[place] = ((place ? element[place - 1] : 0) + element[degree - 1] * (prime - polynomial[place])) % prime;
+                shifted[place] =
+                    ((place ? element[place - 1] : 0) + element[degree - 1] * (prime - polynomial[place])) % prime;
             element = shifted;
         }
         if (power == size - 1) break;
@@ -457,10 +503,18 @@ struct Transform {
     Array<int32_t> permutation;
     lrq_transform c{};
 
-    Transform(int rotation, int64_t rows, int64_t width, std::vector<int64_t> orders, int type, bool has_parts, uint64_t seed)
-        : rows(rows), width(width), type(type), rotation(rotation), x(rows * width * element_size(type)),
-          values(rows * width), offset(has_parts ? width : 0), scale(has_parts ? width : 0),
-          factors(static_cast<int64_t>(orders.size())), pointers(new const float *[orders.size()]) {
+    Transform(int rotation, int64_t rows, int64_t width, std::vector<int64_t> orders, int type, bool has_parts,
+              uint64_t seed)
+        : rows(rows),
+          width(width),
+          type(type),
+          rotation(rotation),
+          x(rows * width * element_size(type)),
+          values(rows * width),
+          offset(has_parts ? width : 0),
+          scale(has_parts ? width : 0),
+          factors(static_cast<int64_t>(orders.size())),
+          pointers(new const float *[orders.size()]) {
         Random random{seed};
         for (int64_t i = 0; i < rows * width; ++i) values[i] = random.normal() * (i % 7 == 3 ? 30.0f : 1.0f);
         refresh();
@@ -494,9 +548,18 @@ struct Transform {
             for (int64_t i = 0; i < width; ++i) permutation[i] = static_cast<int32_t>(i);
             for (int64_t i = width; i-- > 1;) std::swap(permutation[i], permutation[random.below(i + 1)]);
         }
-        c = {x.data(), type, rotation, rows, width, has_parts ? offset.data() : nullptr,
-             has_parts ? scale.data() : nullptr, factors.data(), pointers.get(), factors.size(),
-             rotation == LRQ_OUTLIER ? block1.data() : nullptr, rotation == LRQ_OUTLIER ? block2.data() : nullptr,
+        c = {x.data(),
+             type,
+             rotation,
+             rows,
+             width,
+             has_parts ? offset.data() : nullptr,
+             has_parts ? scale.data() : nullptr,
+             factors.data(),
+             pointers.get(),
+             factors.size(),
+             rotation == LRQ_OUTLIER ? block1.data() : nullptr,
+             rotation == LRQ_OUTLIER ? block2.data() : nullptr,
              rotation == LRQ_OUTLIER ? permutation.data() : nullptr};
     }
 
@@ -547,7 +610,8 @@ void check_transform(int rotation, int64_t width, const std::vector<int64_t> &fa
         Array<float> first(0);
         for (const std::string &isa : supported())
             for (const int threads : {1, 2, 3}) {
-                const std::string what = text("%s, %d rows of type %d on %s: ", name.c_str(), int(rows), type, isa.c_str());
+                const std::string what =
+                    text("%s, %d rows of type %d on %s: ", name.c_str(), int(rows), type, isa.c_str());
                 lrq_use_isa(isa.c_str());
                 Array<float> y(rows * width);
                 if (!check(lrq_apply_transform(&t.c, threads, y.data()) == 0, what + lrq_last_error())) return;
@@ -561,14 +625,16 @@ void check_transform(int rotation, int64_t width, const std::vector<int64_t> &fa
                             largest = std::max(largest, std::fabs(expected[k]));
                             error = std::max(error, std::fabs(expected[k] - y[m * width + k]));
                         }
-                        check(error <= 4e-6 * largest + 1e-6, what + text("row %d is off by %g of %g", int(m), error, largest));
+                        check(error <= 4e-6 * largest + 1e-6,
+                              what + text("row %d is off by %g of %g", int(m), error, largest));
                     }
                 }
                 const int bits = 4 + 2 * static_cast<int>((rows + width) % 3);
                 const double clip = rows % 2 ? 1.0 : 0.85;
                 Array<int8_t> codes(rows * width);
                 Array<float> scale(rows);
-                check(lrq_quantize_tokens(&t.c, bits, clip, nullptr, threads, codes.data(), scale.data()) == 0, what + lrq_last_error());
+                check(lrq_quantize_tokens(&t.c, bits, clip, nullptr, threads, codes.data(), scale.data()) == 0,
+                      what + lrq_last_error());
                 const int most = (1 << (bits - 1)) - 1;
                 for (int64_t m = 0; m < rows; ++m) {
                     float largest = 0;
@@ -591,11 +657,56 @@ void check_transform(int rotation, int64_t width, const std::vector<int64_t> &fa
 void test_transforms() {
     uint64_t seed = 3000;
     for (const int64_t width : {1, 2, 15, 16, 17, 31, 33, 64, 100, 1152}) check_transform(LRQ_NONE, width, {}, ++seed);
-    const std::vector<std::vector<int64_t>> products = {
-        {}, {1}, {2}, {4}, {8}, {16}, {32}, {64}, {128}, {256}, {512}, {4, 512}, {64, 64}, {12}, {20}, {28}, {12, 2}, {12, 4},
-        {12, 8}, {12, 16}, {20, 8}, {28, 8}, {28, 32}, {20, 64}, {12, 12, 8}, {12, 12, 32}, {12, 20, 28}, {28, 12, 2},
-        {-3}, {-7, 2}, {-3, 8}, {-5, 8}, {-3, 16}, {-2, 8}, {-6, 12}, {-13, 20}, {-17, 28, 8}, {36, 8}, {36, 4}, {-33, 128},
-        {-131, 16}, {8, 12}, {16, -3}, {2, -3, 8}, {-3, -5, 16}, {8, 8, 8}, {2, 2, 2, 2, 2}, {-1, 16}, {1, 24}, {172}};
+    const std::vector<std::vector<int64_t>> products = {{},
+                                                        {1},
+                                                        {2},
+                                                        {4},
+                                                        {8},
+                                                        {16},
+                                                        {32},
+                                                        {64},
+                                                        {128},
+                                                        {256},
+                                                        {512},
+                                                        {4, 512},
+                                                        {64, 64},
+                                                        {12},
+                                                        {20},
+                                                        {28},
+                                                        {12, 2},
+                                                        {12, 4},
+                                                        {12, 8},
+                                                        {12, 16},
+                                                        {20, 8},
+                                                        {28, 8},
+                                                        {28, 32},
+                                                        {20, 64},
+                                                        {12, 12, 8},
+                                                        {12, 12, 32},
+                                                        {12, 20, 28},
+                                                        {28, 12, 2},
+                                                        {-3},
+                                                        {-7, 2},
+                                                        {-3, 8},
+                                                        {-5, 8},
+                                                        {-3, 16},
+                                                        {-2, 8},
+                                                        {-6, 12},
+                                                        {-13, 20},
+                                                        {-17, 28, 8},
+                                                        {36, 8},
+                                                        {36, 4},
+                                                        {-33, 128},
+                                                        {-131, 16},
+                                                        {8, 12},
+                                                        {16, -3},
+                                                        {2, -3, 8},
+                                                        {-3, -5, 16},
+                                                        {8, 8, 8},
+                                                        {2, 2, 2, 2, 2},
+                                                        {-1, 16},
+                                                        {1, 24},
+                                                        {172}};
     for (const std::vector<int64_t> &factors : products) {
         int64_t covered = 1;
         for (const int64_t factor : factors) covered *= std::llabs(factor);
@@ -604,9 +715,9 @@ void test_transforms() {
         for (const int64_t width : {covered + 1, covered + covered / 2, 2 * covered})  // two that overlap
             if (width > covered && width <= 2 * covered) check_transform(LRQ_HADAMARD, width, factors, ++seed);
     }
-    const std::vector<std::pair<int64_t, int64_t>> blocks = {{1, 1},   {5, 1},   {6, 2},   {12, 4},  {24, 8},  {80, 16},
-                                                             {96, 32}, {192, 64}, {384, 128}, {24, 12}, {40, 20}, {56, 28},
-                                                             {72, 36}, {48, 24}, {17, 17}, {102, 6}, {92, 23}, {1152, 128}};
+    const std::vector<std::pair<int64_t, int64_t>> blocks = {
+        {1, 1},   {5, 1},   {6, 2},   {12, 4},  {24, 8},  {80, 16}, {96, 32}, {192, 64}, {384, 128},
+        {24, 12}, {40, 20}, {56, 28}, {72, 36}, {48, 24}, {17, 17}, {102, 6}, {92, 23},  {1152, 128}};
     for (const auto &[width, block] : blocks) {
         check_transform(LRQ_BLOCK_HADAMARD, width, {block}, ++seed);
         check_transform(LRQ_OUTLIER, width, {block}, ++seed);
@@ -621,7 +732,8 @@ void test_special_rows() {
             Transform t(rotation, 9, width, factors, LRQ_FLOAT32, false, 7);
             for (const std::string &isa : supported()) {
                 lrq_use_isa(isa.c_str());
-                const std::string what = text("special rows, rotation %d, %d bits on %s: ", rotation, bits, isa.c_str());
+                const std::string what =
+                    text("special rows, rotation %d, %d bits on %s: ", rotation, bits, isa.c_str());
                 Array<int8_t> clean(9 * width), codes(9 * width);
                 Array<float> clean_scale(9), scale(9);
                 t = Transform(rotation, 9, width, factors, LRQ_FLOAT32, false, 7);
@@ -648,7 +760,8 @@ void test_special_rows() {
                 for (int64_t k = 5 * width; k < 7 * width; ++k) is_zero &= codes[k] == 0;
                 check(is_zero, what + "codes of zeros or of denormals");
                 const int most = (1 << (bits - 1)) - 1;
-                check(*std::max_element(codes.data() + 7 * width, codes.data() + 8 * width) <= most, what + "code out of range");
+                check(*std::max_element(codes.data() + 7 * width, codes.data() + 8 * width) <= most,
+                      what + "code out of range");
                 for (int64_t k = 0; k < 9 * width; ++k)
                     if (!check(codes[k] >= -most - 1 && codes[k] <= most, what + "code out of range")) break;
             }
@@ -677,7 +790,8 @@ void test_quantize_bits() {
     }
 }
 
-template <class Call> void refuse(const char *what, const Array<float> &out, Call &&call) {
+template <class Call>
+void refuse(const char *what, const Array<float> &out, Call &&call) {
     lrq_use_isa("no such thing");
     const std::string before = lrq_last_error();
     const int status = call();
@@ -701,13 +815,13 @@ void test_bad_arguments() {
         void *output = out.data();
         change(w.c, rows, type, threads, input, steps, output);
         refuse(what, out, [&] {
-            return lrq_quantized_linear(&w.c, rows, static_cast<const int8_t *>(input), static_cast<const float *>(steps), type,
-                                        threads, output);
+            return lrq_quantized_linear(&w.c, rows, static_cast<const int8_t *>(input),
+                                        static_cast<const float *>(steps), type, threads, output);
         });
         if (!steps) return;
         refuse(what, out, [&] {
-            return lrq_weight_only_linear(&w.c, rows, static_cast<const float *>(input ? x.data() : nullptr), type, threads,
-                                          output);
+            return lrq_weight_only_linear(&w.c, rows, static_cast<const float *>(input ? x.data() : nullptr), type,
+                                          threads, output);
         });
     };
 #define LINEAR(what, change)                                                                                        \
@@ -736,7 +850,8 @@ void test_bad_arguments() {
     LINEAR("no output", output = nullptr);
     LINEAR("no steps", steps = nullptr);
 #undef LINEAR
-    refuse("no weight", out, [&] { return lrq_quantized_linear(nullptr, 1, codes.data(), scale.data(), 0, 1, out.data()); });
+    refuse("no weight", out,
+           [&] { return lrq_quantized_linear(nullptr, 1, codes.data(), scale.data(), 0, 1, out.data()); });
 
     const auto transform = [&](const char *what, int rotation, std::vector<int64_t> factors, auto change) {
         Transform t(rotation, 5, 24, factors, LRQ_FLOAT32, true, 1);
@@ -750,10 +865,10 @@ void test_bad_arguments() {
         });
         check(steps.is_untouched(), text("%s: the steps were written", what));
     };
-#define TRANSFORM(what, rotation, factors, change)                                        \
+#define TRANSFORM(what, rotation, factors, change)                                                            \
     transform(what, rotation, std::vector<int64_t> factors, [&](Transform &t, int &threads, float *&output) { \
-        (void)t, (void)threads, (void)output;                                             \
-        change;                                                                           \
+        (void)t, (void)threads, (void)output;                                                                 \
+        change;                                                                                               \
     })
     TRANSFORM("no x", LRQ_NONE, ({}), t.c.x = nullptr);
     TRANSFORM("-1 rows", LRQ_NONE, ({}), t.c.rows = -1);
@@ -826,19 +941,25 @@ void test_instruction_sets() {
 
 int main() {
     const std::pair<const char *, void (*)()> tests[] = {
-        {"instruction sets", test_instruction_sets}, {"bad arguments", test_bad_arguments},
-        {"quantized_linear", test_quantized_linear}, {"conversions", test_conversions},
-        {"weight_only_linear", test_weight_only},    {"calls in turn", test_calls_in_turn},
-        {"concurrent callers", test_concurrent_callers}, {"transforms", test_transforms},
-        {"special rows", test_special_rows},         {"quantize", test_quantize_bits},
+        {"instruction sets", test_instruction_sets},
+        {"bad arguments", test_bad_arguments},
+        {"quantized_linear", test_quantized_linear},
+        {"conversions", test_conversions},
+        {"weight_only_linear", test_weight_only},
+        {"calls in turn", test_calls_in_turn},
+        {"concurrent callers", test_concurrent_callers},
+        {"transforms", test_transforms},
+        {"special rows", test_special_rows},
+        {"quantize", test_quantize_bits},
     };
     for (const auto &[name, test] : tests) {
         const int before = failures;
         const int64_t checks_before = checks;
         const std::clock_t start = std::clock();
         test();
-        std::printf("%-20s %8lld checks, %d failed, %.1f s of CPU time\n", name, static_cast<long long>(checks - checks_before),
-                    failures - before, static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC);
+        std::printf("%-20s %8lld checks, %d failed, %.1f s of CPU time\n", name,
+                    static_cast<long long>(checks - checks_before), failures - before,
+                    static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC);
         std::fflush(stdout);
     }
     return failures != 0;
