@@ -913,7 +913,7 @@ void test_bad_arguments() {
     check(lrq_quantized_linear(&good.c, 0, nullptr, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
     check(lrq_weight_only_linear(&eight.c, 0, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
     const Transform none(LRQ_HADAMARD, 0, 24, {12, 2}, LRQ_FLOAT32, true, 1);
-    check(lrq_quantize_tokens(&none.c, 8, 1.0, 1, nullptr, nullptr) == 0, "0 rows");
+    check(lrq_quantize_tokens(&none.c, 8, 1.0, nullptr, 1, nullptr, nullptr) == 0, "0 rows");
 }
 
 void test_instruction_sets() {
