@@ -4,7 +4,8 @@ Run: python benchmarks/bench_linear.py [--threads 2] [--presets w4a8,w4a4] [--se
 
 Every contender is a whole layer, bfloat16 in and out, if not said otherwise; ours includes centring, smoothing,
 rotation and quantization of its input. torchao, onnxruntime and OpenVINO take part where they are installed, each with
-its fastest setting known to us.
+its fastest setting known to us; they run by themselves after the others, because their waiting threads slow whoever
+comes next.
 
 Output buffers: a fresh large block costs page faults that every library pays alike. By default malloc is told to keep
 and reuse freed memory (glibc only), for all contenders; --fresh-buffers leaves it alone.
@@ -66,8 +67,10 @@ def build_torchao(linear: nn.Linear, x: torch.Tensor) -> Callable:
     model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features)).bfloat16()
     model.load_state_dict({"0.weight": linear.weight, "0.bias": linear.bias})
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    torch._dynamo.reset()
     compiled = torch.compile(model)
-    compiled(x)
+    with torch.no_grad():
+        compiled(x)
     return lambda: compiled(x)
 
 
@@ -159,21 +162,25 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
         contenders[f"ours {preset}"] = lambda layer=layer: layer(x)
     first = ours[presets[0]]
     contenders[f"  prologue of {presets[0]}"] = lambda: first.quantize_input(x)
-    if has_peers:
-        for name, build in PEERS.items():
+    with torch.no_grad():
+        times = measure(contenders, seconds)
+        peak = native.measure_peak() if native.LIBRARY is not None else math.nan
+        # a peer's own threads spin after each call and slow whatever comes next: each gets a round by itself
+        ratios = {}
+        for name, build in PEERS.items() if has_peers else ():
             try:
-                contenders[name] = build(linear, x)
+                alone = measure({name: build(linear, x)}, seconds / 2)
+                ratios[name] = alone[name] / times[f"ours {presets[0]}"]
             except ImportError as error:
                 print(f"  {name}: not installed ({error.name})")
             except Exception as error:  # a peer that fails must not end the benchmark, and is named
                 print(f"  {name}: failed ({type(error).__name__}: {str(error)[:100]})")
-    with torch.no_grad():
-        times = measure(contenders, seconds)
-        peak = native.measure_peak() if native.LIBRARY is not None else math.nan
     print(f"\nM, K, N = {rows}, {in_features}, {out_features}; rotation {first.format.rotation} {first.format.factors}")
     base = times["bfloat16 F.linear"]
     for name, seconds_each in times.items():
         print(f"  {name:<52}{seconds_each * 1e3:10.3f} ms   {base / seconds_each:6.2f} x bfloat16")
+    for name, ratio in ratios.items():
+        print(f"  {presets[0]} over {name:<48}{ratio:6.2f} x")
     results = []
     for preset in presets:
         whole = times[f"ours {preset}"]
@@ -188,7 +195,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
                 "time_over_int_mm": whole / times["torch._int_mm alone"],
                 "prologue_share": times[f"  prologue of {presets[0]}"] / whole,
                 "peak_fraction": 2 * math.prod(shape) / whole / peak,
-                "ratio_to_peers": {name: times[name] / whole for name in PEERS if name in times},
+                "ratio_to_peers": ratios if preset == presets[0] else {},
             }
         )
     print(f"  whole layer at {results[0]['peak_fraction']:.0%} of {peak / 1e9:.0f} Gop/s, the peak measured just now")
