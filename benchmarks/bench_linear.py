@@ -57,7 +57,7 @@ def build_ours(linear: nn.Linear, preset: str) -> nn.Module:
     model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features)).bfloat16()
     model.load_state_dict({"0.weight": linear.weight, "0.bias": linear.bias})
     sample = activations(256, linear.in_features)
-    lrqdit.quantize(model, preset, forward_loop=lambda m: m(sample), show_progress=False)
+    lrqdit.quantize(model, preset, forward_loop=lambda m: m(sample), show_progress=False, rounding="nearest")
     return model[0]
 
 
