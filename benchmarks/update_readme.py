@@ -116,8 +116,15 @@ def speed_table() -> list[str]:
         values += [f"{first['ratio_to_bf16'] / first['ratio_to_fp32']:.2f}", f"{1 / first['time_over_int_mm']:.2f}"]
         values += [f"{first['ratio_to_peers'][name]:.2f}" if name in first["ratio_to_peers"] else "-" for name in peers]
         lines.append(f"| {', '.join(map(str, shape))} | " + " | ".join(values) + " |")
+    rotations = {
+        preset: {layer["rotation"] for layer in linear["layers"] if layer["preset"] == preset} for preset in presets
+    }
+    chosen = "; ".join(f"{preset}: {', '.join(sorted(kinds))}" for preset, kinds in rotations.items())
     return [
         *lines,
+        "",
+        f"Rotations chosen for these inputs: {chosen}. The next call after another's float weights finds a cold",
+        "cache, so the numbers of one token depend on the order.",
         "",
         f"One step of PixArt-Sigma XL/2 at {step['pixels']} pixels with guidance, {step['preset']}: "
         f"{step['ratio_to_bf16']:.2f} x the speed of bfloat16 at {step['memory_ratio']:.2f} x its peak memory.",
