@@ -15,13 +15,13 @@ import argparse
 import ctypes
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from bench_levels import read_processor
 from torch import nn
 
 import lrqdit
@@ -214,7 +214,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     is_kept = not arguments.fresh_buffers and keep_freed_memory()
-    print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
+    print(f"{read_processor()}, {arguments.threads} threads, torch {torch.__version__}")
     print("\n".join(native.describe()))
     print(f"freed memory is {'kept and reused' if is_kept else 'left to malloc'}, for every contender")
     presets = arguments.presets.split(",")

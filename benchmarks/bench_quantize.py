@@ -10,16 +10,14 @@ Run: python benchmarks/bench_quantize.py [--rounds 5] [--threads 2]. It takes ab
 import argparse
 import importlib
 import json
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
+from bench_levels import read_processor
 from torch import Tensor
 
 from lrqdit import QuantizationConfig, codebook, native, ops
@@ -177,13 +175,6 @@ def compare_small(rounds: int) -> dict[str, dict[str, float]]:
         results[name] = {way: 1e3 * statistics.median(runs) for way, runs in seconds.items()}
         print(f"{name:>12}" + "".join(f"{value:>9.1f}" for value in results[name].values()))
     return results
-
-
-def read_processor() -> str:
-    """Return the processor's model."""
-    path = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else []
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def main() -> None:

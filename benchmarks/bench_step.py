@@ -9,7 +9,6 @@ model and running one step, less what the process held before loading.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from bench_levels import read_processor
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
@@ -129,7 +129,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.measure_memory:
         return measure_memory(arguments.measure_memory, arguments.pixels)
-    print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
+    print(f"{read_processor()}, {arguments.threads} threads, torch {torch.__version__}")
     print("\n".join(native.describe()))
     step = inputs(arguments.pixels)
     peaks = {}

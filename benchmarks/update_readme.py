@@ -23,12 +23,13 @@ def read(name: str) -> dict:
 
 def demo_table() -> list[str]:
     """The embedded model: sizes, closeness to the original, and whether it still draws its captions."""
-    captions = {row["model"]: row for row in read("captions")["rows"]}
-    original = captions["original"]
+    original = next(row for row in read("captions")["rows"] if row["model"] == "original")
+    captions = {row["bits"]: row for row in read("quality")["rows"] if row["preset"] == "lrqdit"}
     lines = [
         "Embedded model, pictures of eight captions that calibration did not see (PSNR, SSIM, latent error against the",
         "original's pictures), and 64 captions whose nearest neighbour among all 1,911 Noto emoji must be the",
-        "captioned one or one of its subcategory (`benchmarks/bench_captions.py`; none is a calibration prompt):",
+        "captioned one or one of its subcategory (`bench_captions.py` for the original, `bench_quality.py` for the",
+        "others; none is a calibration prompt):",
         "",
         "| preset | true bits | file | PSNR | SSIM | latent error | caption or subcategory (caption itself) |",
         "|---|---|---|---|---|---|---|",
@@ -40,7 +41,7 @@ def demo_table() -> list[str]:
     )
     for row in rows:
         caption = captions.get(row["preset"])
-        shares = f"{caption['subcategory']:.0%} ({caption['exact']:.0%})" if caption else "-"
+        shares = f"{caption['subcategory']:.0%} ({caption['caption']:.0%})" if caption else "-"
         lines.append(
             f"| {row['preset']} | {row['true_bits']:.2f} | {row['bytes_after'] / 1e6:.1f} MB | {row['psnr']:.1f} dB "
             f"| {row['ssim']:.3f} | {row['latent_error']:.3f} | {shares} |"
@@ -104,8 +105,8 @@ def speed_table() -> list[str]:
     lines = [
         f"Whole layers (rotation and quantization of the input included) on {linear['threads']} cores of "
         f"{quantize['machine']['processor']}, {linear['isa'].removeprefix('CPU kernels: native, ')},",
-        "as multiples of the speed of a bfloat16 `F.linear`, measured in turns in one process; the last columns are",
-        f"our speed at {presets[0]} over a bare `torch._int_mm`, and over other libraries' whole layers:",
+        "as multiples of the speed of a bfloat16 `F.linear`, measured in turns in one process; then float32, and our",
+        f"speed at {presets[0]} over a bare `torch._int_mm`{' and over whole layers of others' if peers else ''}:",
         "",
         "| tokens, in, out | " + " | ".join([*presets, "float32", "over `_int_mm`", *peers]) + " |",
         "|---" * (3 + len(presets) + len(peers)) + "|",

@@ -116,14 +116,13 @@ LRQ_INLINE void copy_token(const int8_t *from, int64_t count, int64_t steps_widt
 }
 
 struct Shape {
-    int64_t rows, steps, blocks, group_blocks, groups, chunk, chunks, split_tiles, splits;
+    int64_t steps, blocks, group_blocks, groups, chunk, chunks, split_tiles, splits;
 };
 
 inline Shape shape_of(const lrq_weight &w, int64_t rows, int threads) {
     Shape s;
     const int64_t in_tiles = ceil_div(w.in_features, 16);
     constexpr int64_t tile_bytes = BLOCK_CHANNELS * 16 * ELEMENT;  // of a block's panel per input tile
-    s.rows = rows;
     s.steps = ceil_div(w.in_features, STEP);
     s.blocks = ceil_div(w.out_features, BLOCK_CHANNELS);
     s.group_blocks = PANEL_BYTES / (in_tiles * tile_bytes);
@@ -206,8 +205,7 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                     const int64_t channels = 16 * tiles;
                     alignas(64) int32_t local[TOKENS * BLOCK_CHANNELS];
                     int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local;
-                    multiply(tiles, block_rows, panel + b * block_bytes, steps,
-                             block_tokens, stride,
+                    multiply(tiles, block_rows, panel + b * block_bytes, steps, block_tokens, stride,
                              split == 0 ? starts + m : nullptr, sums, next, advance);
                     next += advance * steps;
                     if (split < s.splits - 1) continue;

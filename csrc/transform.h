@@ -2,7 +2,7 @@
 //
 // A Kronecker product is applied factor by factor. Factor of order n with `inner` entries behind each index: n vectors
 // that lie `inner` apart go through one butterfly. Where the row ends in 8 or more powers of two a row is worked on by
-// itself, and its last 8 or 16 are mixed inside a register. Any other width takes 8 rows side by side: then every entry
+// itself, and its last 8 to 128 are mixed inside registers. Any other width takes 8 rows side by side: then every entry
 // is a vector, and no width is special.
 #pragma once
 

@@ -212,7 +212,8 @@ def describe() -> list[str]:
 
 def _start() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason why the torch reference runs."""
-    wanted = os.environ.get(ENVIRONMENT, "").replace("triton", "")  # a choice for GPUs alone
+    wanted = os.environ.get(ENVIRONMENT, "")
+    wanted = "" if wanted == "triton" else wanted  # a choice for GPUs alone
     if wanted == "reference":
         return None, f"{ENVIRONMENT}=reference"
     path = find_library()
