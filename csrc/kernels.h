@@ -26,6 +26,8 @@ struct Kernels {
                        int64_t coarse_count, int threads, float *row_scale);
     void (*encode)(const lrq_matrix &, const int8_t *table, int64_t table_rows, int bits, const float *row_scale,
                    int threads, uint8_t *codes);
+    void (*trellis_encode)(const lrq_matrix &, const int8_t *table, int bits, const float *row_scale, int threads,
+                           uint8_t *codes);
     void (*pack)(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
                  uint8_t *used);
 };

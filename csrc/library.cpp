@@ -158,6 +158,7 @@ void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, int t
     require(w->in_features < 1 << 17, "linear: more than 131071 input features overflow an int32");
     require((w->table == nullptr) == (w->bits == 8), "linear: a table belongs to 2, 3 or 4 bits");
     require(!w->table || w->table_rows == 1 || w->table_rows == w->out_features, "linear: the table has a wrong shape");
+    require(!w->is_trellis || w->table_rows == 1, "linear: a trellis has one table");
 }
 
 void check(const lrq_matrix *m) {
@@ -353,6 +354,16 @@ int lrq_encode(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows
         check_table(table, table_rows, matrix->rows);
         require((bits >= 2 && bits <= 4) || bits == 8, "encode: bits must be 2, 3, 4 or 8");
         kernels().encode(*matrix, table, table_rows, bits, row_scale, threads, codes);
+    });
+}
+
+int lrq_trellis_encode(const lrq_matrix *matrix, const int8_t *table, int bits, const float *row_scale, int threads,
+                       uint8_t *codes) {
+    return guarded([&] {
+        check(matrix);
+        require(table && row_scale && codes, "trellis_encode: an array is missing");
+        require(bits >= 2 && bits <= 4, "trellis_encode: bits must be 2, 3 or 4");
+        kernels().trellis_encode(*matrix, table, bits, row_scale, threads, codes);
     });
 }
 

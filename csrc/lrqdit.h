@@ -13,7 +13,7 @@
 #define LRQ_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define LRQ_ABI_VERSION 1
+#define LRQ_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -38,14 +38,17 @@ typedef struct {
     const int32_t *permutation;   /* (width), else NULL */
 } lrq_transform;
 
-/* w[n, k] = row_scale[n] * table[n or 0, code[n, k]]. */
+/* w[n, k] = row_scale[n] * table[n or 0, code[n, k]]; with a trellis, level 2 (c ^ p) + q of one table of 2^(bits + 1),
+   where c is code[n, k], p the lowest bit of code[n - 1, k] ^ code[n - 6, k], q that of code[n - 2, k] ^ code[n - 4, k],
+   and codes before channel 0 are 0. */
 typedef struct {
     const uint8_t *packed;     /* (ceil(N / 16), ceil(K / 16), 32 * bits) */
-    const int8_t *table;       /* (table_rows, 2^bits); NULL at 8 bits: code - 128 */
+    const int8_t *table;       /* (table_rows, 2^bits), with a trellis (1, 2^(bits + 1)); NULL at 8 bits: code - 128 */
     const float *row_scale;    /* (N) */
     const float *bias;         /* (N) or NULL */
     int64_t out_features, in_features, table_rows;
     int32_t bits;              /* 2, 3, 4 or 8 */
+    int32_t is_trellis;        /* 0 or 1; 1 has one table and not 8 bits */
 } lrq_weight;
 
 /* A weight whose levels are fitted. */
@@ -97,6 +100,10 @@ LRQ_EXPORT int lrq_fit_scales(const lrq_matrix *matrix, const int8_t *table, int
 /* codes: (rows, columns), of the levels nearest to weight / row_scale. */
 LRQ_EXPORT int lrq_encode(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows, int bits,
                           const float *row_scale, int threads, uint8_t *codes);
+/* codes: (rows, columns), of the path of least squared error in each column; table (2^(bits + 1)) for 2 to 4 bits, see
+   lrq_weight. */
+LRQ_EXPORT int lrq_trellis_encode(const lrq_matrix *matrix, const int8_t *table, int bits, const float *row_scale,
+                                  int threads, uint8_t *codes);
 /* codes (rows, columns) -> packed, see lrq_weight; used: all codes or'ed together. */
 LRQ_EXPORT int lrq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
                         uint8_t *used);

@@ -182,7 +182,10 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
                     for (int64_t t = 0; t < tiles; ++t)
-                        decode_panel(w, tile + t, from, to, panel + b * block_bytes, tiles * 16 / LANES, t * 16 / LANES);
+                        with_coding(w, [&](auto bits, auto is_trellis) {
+                            decode_panel<bits, is_trellis>(w, tile + t, from, to, panel + b * block_bytes,
+                                                           tiles * 16 / LANES, t * 16 / LANES);
+                        });
                 }
                 *key = {call, group, split};
             }
@@ -222,20 +225,22 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
 constexpr int64_t FEW = 4;
 
 // A few tokens: no panel. A lane keeps 16 inputs of one channel; the four words of a lane are added at the end.
-template <int ROWS, int BITS>
+template <int ROWS, int BITS, bool TRELLIS>
 inline void multiply_few(const lrq_weight &w, int64_t tile, const int8_t *codes, int64_t stride, const int32_t *starts,
                          int32_t (*sums)[16]) {
     const int64_t in_tiles = ceil_div(w.in_features, 16);
     const uint8_t *packed = w.packed + tile * in_tiles * (32 * BITS);
+    const uint8_t *before = TRELLIS && tile ? packed - in_tiles * (32 * BITS) : nullptr;
     Tables tables;
     load_tables(w, tile, 128, tables);
     __m512i wide[4], acc[ROWS][4];
-    gather_tables(tables, wide);
+    gather_tables<TRELLIS>(tables, wide);
     unroll<ROWS>([&](auto m) LRQ_LAMBDA { unroll<4>([&](auto p) LRQ_LAMBDA { acc[m][p] = _mm512_setzero_si512(); }); });
     for (int64_t t = 0; t < in_tiles; ++t) {
         __m512i v[4];
         _mm_prefetch(reinterpret_cast<const char *>(packed + t * (32 * BITS) + 1024), _MM_HINT_T0);
-        decode_positions(packed + t * (32 * BITS), BITS, wide, v);
+        const int64_t at = t * (32 * BITS);
+        decode_positions<BITS, TRELLIS>(packed + at, before ? before + at : nullptr, wide, v);
         unroll<ROWS>([&](auto m) LRQ_LAMBDA {
             const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + m * stride + 16 * t)));
             unroll<4>([&](auto p) LRQ_LAMBDA { acc[m][p] = _mm512_dpbusd_epi32(acc[m][p], v[p], q); });
@@ -250,14 +255,11 @@ inline void multiply_few(const lrq_weight &w, int64_t tile, const int8_t *codes,
 }
 
 template <int ROWS>
-inline void multiply_few_bits(const lrq_weight &w, int64_t tile, const int8_t *codes, int64_t stride,
+inline void multiply_few_rows(const lrq_weight &w, int64_t tile, const int8_t *codes, int64_t stride,
                               const int32_t *starts, int32_t (*sums)[16]) {
-    switch (w.bits) {
-        case 2: return multiply_few<ROWS, 2>(w, tile, codes, stride, starts, sums);
-        case 3: return multiply_few<ROWS, 3>(w, tile, codes, stride, starts, sums);
-        case 4: return multiply_few<ROWS, 4>(w, tile, codes, stride, starts, sums);
-        default: return multiply_few<ROWS, 8>(w, tile, codes, stride, starts, sums);
-    }
+    with_coding(w, [&](auto bits, auto is_trellis) {
+        multiply_few<ROWS, bits, is_trellis>(w, tile, codes, stride, starts, sums);
+    });
 }
 
 inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
@@ -275,10 +277,10 @@ inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t
         for (int64_t tile = task * per_task; tile < least((task + 1) * per_task, out_tiles); ++tile) {
             alignas(64) int32_t sums[FEW][16];
             switch (rows) {
-                case 1: multiply_few_bits<1>(w, tile, padded, stride, starts, sums); break;
-                case 2: multiply_few_bits<2>(w, tile, padded, stride, starts, sums); break;
-                case 3: multiply_few_bits<3>(w, tile, padded, stride, starts, sums); break;
-                default: multiply_few_bits<4>(w, tile, padded, stride, starts, sums);
+                case 1: multiply_few_rows<1>(w, tile, padded, stride, starts, sums); break;
+                case 2: multiply_few_rows<2>(w, tile, padded, stride, starts, sums); break;
+                case 3: multiply_few_rows<3>(w, tile, padded, stride, starts, sums); break;
+                default: multiply_few_rows<4>(w, tile, padded, stride, starts, sums);
             }
             finish(w, sums[0], 16, scale, 0, rows, 16 * tile, out_type, out);
         }
@@ -341,15 +343,21 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
         const uint8_t *packed = w.packed + tile * in_tiles * 32 * w.bits;
         Tables tables;
         load_tables(w, tile, 0, tables);
-        int8_t levels[16][16];
         uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + sizeof(float) * 256 * in_tiles));
         __builtin_memset(memory, 0, sizeof(PanelKey));  // no panel of quantized_linear any more
         float *panel = reinterpret_cast<float *>(memory + 64);
-        for (int64_t t = 0; t < in_tiles; ++t) {
-            decode_tile(packed + t * 32 * w.bits, w.bits, tables, levels);
-            for (int k = 0; k < 16; ++k)
-                for (int n = 0; n < 16; ++n) panel[256 * t + 16 * k + n] = levels[n][k];
-        }
+        with_coding(w, [&](auto bits, auto is_trellis) {
+            for (int64_t t = 0; t < in_tiles; ++t) {
+                const uint8_t *at = packed + t * 32 * bits;
+                const uint8_t *before = is_trellis && tile ? at - in_tiles * 32 * bits : nullptr;
+                u8x16 channels[16];
+                decode_channels<bits, is_trellis>(at, before, tables, 0, channels);
+                for (int n = 0; n < 16; ++n) {
+                    const i8x16 levels = (i8x16)channels[n];
+                    for (int k = 0; k < 16; ++k) panel[256 * t + 16 * k + n] = levels[k];
+                }
+            }
+        });
         for (int64_t m = 0; m < rows; m += FLOAT_TOKENS) {
             alignas(64) float sums[16 * FLOAT_TOKENS];
             const int64_t block = least(FLOAT_TOKENS, rows - m);

@@ -33,10 +33,12 @@ def build_all(capability):
     many, single = dict.fromkeys(names, "i32"), dict.fromkeys(names, 1)
     outputs = {"row_scale": "*fp32", "bias": "*fp32", "out": "*bf16"}
     gemm, weight = triton_gemm._gemm_kernel, {"weight": "*u8", "table": "*i8"}
-    blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8, "BITS": 3, "TABLE_STRIDE": 8}
+    blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8, "BITS": 3, "TABLE_STRIDE": 8, "TRELLIS": False}
     options = {**blocks, "USE_TMA": False, "FLOAT_PRODUCTS": False}
     for name, sizes in (("gemm", many), ("gemm, single", {**single, "out_features": "i32"}), ("gemm, 1 x 1", single)):
-        yield name, build(capability, gemm, {"a": "*i8", "scale": "*fp32", **weight, **outputs}, sizes, options)
+        arguments = {"a": "*i8", "scale": "*fp32", **weight, **outputs}
+        yield name, build(capability, gemm, arguments, sizes, options)
+        yield f"{name}, trellis", build(capability, gemm, arguments, sizes, {**options, "TRELLIS": True})
     decoded = {"a": "*i8", "scale": "*fp32", "weight": "*i8", **outputs}
     yield "float", build(capability, gemm, decoded, many, {**options, "BITS": 0, "FLOAT_PRODUCTS": True})
     if capability >= 90:

@@ -8,7 +8,7 @@ import lrqdit
 SOURCE = Path(lrqdit.__file__).parent
 FLOORS = [
     {"errors", "config", "native", "presets"},
-    {"codebook", "hadamard", "rotation", "activation", "packing"},
+    {"codebook", "hadamard", "rotation", "activation", "packing", "trellis"},
     {"ops", "gpu", "triton_prologue", "triton_gemm"},
     {"linear", "kernels"},
     {"models", "calibrate", "fit", "accounting", "checkpoint", "compensate"},

@@ -391,7 +391,7 @@ def test_golden_names(saved):
         "0.norm.weight": ("torch.float32", (16,)),
         "0.norm.bias": ("torch.float32", (16,)),
         "0.q.packed": ("torch.uint8", (1, 1, 96)),
-        "0.q.table": ("torch.int8", (1, 8)),
+        "0.q.table": ("torch.int8", (1, 16)),
         "0.q.row_scale_bits": ("torch.int32", (16,)),
         "0.q.bias_bits": ("torch.int32", (16,)),
         "0.q.input_offset_bits": ("torch.int16", (16,)),
@@ -400,7 +400,7 @@ def test_golden_names(saved):
         "0.q.permutation": ("torch.int32", (16,)),
         **({"0.q.input_scale_bits": ("torch.int16", (16,))} if "0.q.input_scale_bits" in found else {}),
         "0.k.packed": ("torch.uint8", (1, 1, 96)),
-        "0.k.table": ("torch.int8", (1, 8)),
+        "0.k.table": ("torch.int8", (1, 16)),
         "0.k.row_scale_bits": ("torch.int32", (16,)),
         "0.k.bias_bits": ("torch.int32", (16,)),
     }

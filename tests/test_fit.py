@@ -39,7 +39,7 @@ def varying_error(layer, x, weight, bias=None):
 def test_report_is_the_measured_error():
     """The reported error is that of the layer itself where every row and token decides."""
     x, weight = random(200, 48) + 3, random(40, 48, seed=1)
-    layer, report = fit(weight, x, preset="w4a4")
+    layer, report = fit(weight, x, preset="w4a4", coding="scalar")
     assert report.error == pytest.approx(varying_error(layer, x, weight) ** 2, rel=1e-3)
     assert set(report.candidates) >= {"none", "hadamard", "none+smoothing", "hadamard+smoothing"}
     assert report.gain == pytest.approx(report.candidates["none"] / report.error)
@@ -176,12 +176,30 @@ def test_group_with_one_transform():
 @pytest.mark.parametrize("kind", list(codebook.CODEBOOKS))
 def test_codebooks(kind, scope):
     weight, x = random(24, 48, seed=1), random(64, 48)
-    layer, _ = fit(weight, x, codebook=kind, table_scope=scope, **FAST)
+    layer, _ = fit(weight, x, codebook=kind, table_scope=scope, coding="scalar", **FAST)
     assert layer.format.codebook == kind
     expected = codebook.fit(layer.input_transform.fold(weight), 4, kind, scope=scope)
     decoded = expected.quantize(layer.input_transform.fold(weight))
     torch.testing.assert_close(layer.dequantize(), layer.input_transform.unfold(decoded))
     assert layer.format.table_rows == len(expected.table)
+
+
+@pytest.mark.parametrize(("preset", "settings", "expected"), [
+    ("w4a8", {}, True), ("w3a8", {"coding": "scalar"}, False),
+    ("w4a8", {"codebook": "nf4"}, False), ("w4a8", {"codebook": "nf4", "coding": "trellis"}, True),
+    ("w4a8", {"table_scope": "row"}, False), ("w4a8", {"mode": "paper"}, False), ("w8a8", {}, False),
+])  # fmt: skip
+def test_coding(preset, settings, expected):
+    weight, x = random(24, 48, seed=1), random(64, 48)
+    layer, _ = fit(weight, x, preset=preset, **{**FAST, **settings})
+    assert layer.format.is_trellis is expected
+    assert varying_error(layer, x, weight) < 0.3
+
+
+def test_a_trellis_loses_less():
+    weight, x = random(96, 96, seed=1), random(64, 96)
+    errors = [varying_error(fit(weight, x, coding=coding, **FAST)[0], x, weight) for coding in ("trellis", "scalar")]
+    assert errors[0] ** 2 < 0.8 * errors[1] ** 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -80,6 +80,10 @@ def run_layer(x, name, layers, tensors):
         weight = codes - 128
     else:
         table = np.broadcast_to(own["table"].astype(np.int64), (len(codes), own["table"].shape[1]))
+        if layout.get("is_trellis", False):
+            before = np.concatenate([np.zeros((6, codes.shape[1]), np.int64), codes])
+            c1, c2, c4, c6 = (before[6 - d : len(before) - d] for d in (1, 2, 4, 6))
+            codes = 2 * (codes ^ (c1 ^ c6) & 1) + ((c2 ^ c4) & 1)
         weight = np.take_along_axis(table, codes, 1)
     y = x @ weight.T.astype(np.float64) * own["row_scale_bits"].view(np.float32) * step
     return y + own["bias_bits"].view(np.float32) if layout.get("has_bias", True) else y

@@ -20,6 +20,16 @@ def random_weight(out_features, in_features, bits, table_rows, seed=0, has_bias=
     table = None
     if bits == 8:
         dense = [[int(c) - 128 for c in row] for row in codes]
+    elif table_rows == "trellis":
+        table = torch.randint(-127, 128, (1, 2 << bits), generator=generator).to(torch.int8)
+        path = [[0] * in_features] * 6 + codes.tolist()
+        dense = [
+            [
+                int(table[0, 2 * (c[0] ^ (c[1] ^ c[6]) & 1) + ((c[2] ^ c[4]) & 1)])
+                for c in zip(*path[n : n + 7][::-1], strict=True)
+            ]
+            for n in range(out_features)
+        ]
     else:
         rows = {"1": 1, "N": out_features}[table_rows]
         table = torch.randint(-127, 128, (rows, 1 << bits), generator=generator).to(torch.int8)
@@ -51,7 +61,7 @@ def test_opcheck_quantize_tokens_of_a_transposed_view():
     assert torch.equal(codes, ops.quantize_tokens(x.contiguous(), *NO_TRANSFORM, 8, 1.0)[0])
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(3, "N"), (4, "1"), (8, "1")])
+@pytest.mark.parametrize(("bits", "rows"), [(3, "N"), (4, "1"), (4, "trellis"), (8, "1")])
 def test_opcheck_products(bits, rows):
     weight, _ = random_weight(20, 24, bits, rows)
     codes = torch.randint(-128, 128, (5, 24)).to(torch.int8)

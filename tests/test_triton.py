@@ -31,6 +31,7 @@ SMALL_PLANS = (
     Plan("decoded", 16, 16, 32, 4, 2, True),
     Plan("float", 16, 16, 32, 4, 2),
 )
+TRELLIS = [(bits, "trellis") for bits in (2, 3, 4)]
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]
 
 
@@ -165,7 +166,9 @@ def test_boxes_of_wide_tokens(width, factors, box):
     assert triton_prologue._padded_box(axes) == box
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(2, "1"), (2, "N"), (3, "1"), (3, "N"), (4, "1"), (4, "N"), (8, "1")])
+@pytest.mark.parametrize(
+    ("bits", "rows"), [(2, "1"), (2, "N"), (3, "1"), (3, "N"), (4, "1"), (4, "N"), (8, "1"), *TRELLIS]
+)
 @pytest.mark.parametrize("plan", SMALL_PLANS, ids=lambda plan: plan.path + "-tma" * plan.tma)
 def test_quantized_linear_is_exact(bits, rows, plan):
     for tokens, out_features, in_features in ((1, 16, 16), (5, 33, 20), (17, 18, 48)):
@@ -205,7 +208,7 @@ def test_long_sums_are_exact():
         assert torch.equal(y.cpu(), expected)
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(2, "N"), (3, "1"), (4, "N"), (8, "1")])
+@pytest.mark.parametrize(("bits", "rows"), [(2, "N"), (3, "1"), (4, "N"), (8, "1"), *TRELLIS])
 @pytest.mark.parametrize("x_dtype", DTYPES)
 def test_weight_only_linear(bits, rows, x_dtype):
     weight, _ = random_weight(19, 48, bits, rows)

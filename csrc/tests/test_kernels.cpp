@@ -148,12 +148,13 @@ struct Weight {
     Array<float> row_scale, bias;
     lrq_weight c{};
 
-    Weight(int64_t n, int64_t k, int bits, bool has_row_tables, bool has_bias, uint64_t seed, bool is_extreme = false)
+    Weight(int64_t n, int64_t k, int bits, bool has_row_tables, bool has_bias, uint64_t seed, bool is_extreme = false,
+           bool is_trellis = false)
         : n(n),
           k(k),
           bits(bits),
           packed((n + 15) / 16 * ((k + 15) / 16) * 32 * bits),
-          table(bits == 8 ? 0 : (has_row_tables ? n : 1) << bits),
+          table(bits == 8 ? 0 : (has_row_tables ? n : is_trellis ? 2 : 1) << bits),
           dense(n * k),
           row_scale(n),
           bias(has_bias ? n : 0) {
@@ -169,8 +170,15 @@ struct Weight {
             for (int64_t j = 0; j < k; ++j) {
                 const int code = static_cast<int>(is_extreme ? 0 : random.below(1 << bits));
                 put(i, j, code);
-                dense[i * k + j] =
-                    static_cast<int8_t>(bits == 8 ? code - 128 : table[((has_row_tables ? i : 0) << bits) + code]);
+                dense[i * k + j] = static_cast<int8_t>(
+                    bits == 8 ? code - 128 : is_trellis ? code : table[((has_row_tables ? i : 0) << bits) + code]);
+            }
+        // a channel depends on those before it, so from the last one upwards
+        for (int64_t i = n - 1; is_trellis && i >= 0; --i)
+            for (int64_t j = 0; j < k; ++j) {
+                const auto code = [&](int64_t back) { return i < back ? 0 : int(dense[(i - back) * k + j]); };
+                const int chosen = code(0) ^ ((code(1) ^ code(6)) & 1), parity = (code(2) ^ code(4)) & 1;
+                dense[i * k + j] = table[2 * chosen + parity];
             }
         c = {packed.data(),
              bits == 8 ? nullptr : table.data(),
@@ -181,7 +189,8 @@ struct Weight {
              bits == 8        ? 0
              : has_row_tables ? n
                               : 1,
-             bits};
+             bits,
+             is_trellis};
     }
 
     // The layout as lrqdit/packing.py describes it.
@@ -239,8 +248,8 @@ void check_product(const Weight &w, int64_t rows, const std::vector<int> &types,
                 const int status =
                     lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), type, count, out.data());
                 check(status == 0 && out == bytes,
-                      text("quantized_linear on %s: %d bits, M %d, N %d, K %d, %d table rows, type %d, %d threads: %s",
-                           isa.c_str(), w.bits, int(rows), int(w.n), int(w.k), int(w.c.table_rows), type, count,
+                      text("quantized_linear on %s: %d bits%s, M %d, N %d, K %d, %d table rows, type %d, %d threads: %s",
+                           isa.c_str(), w.bits, w.c.is_trellis ? ", trellis" : "", int(rows), int(w.n), int(w.k), int(w.c.table_rows), type, count,
                            status ? lrq_last_error() : "other bytes"));
             }
         }
@@ -256,6 +265,13 @@ void test_quantized_linear() {
                 for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9})
                     check_product(w, rows, {static_cast<int>((n + rows) % 3)}, {1}, random_codes(rows * k, ++seed));
                 check_product(w, 70, ALL_TYPES, {1, 2}, random_codes(70 * k, ++seed));
+            }
+    for (const int bits : {2, 3, 4})
+        for (const int64_t n : {1, 7, 16, 17, 33, 97})
+            for (const int64_t k : {1, 16, 33, 100}) {
+                const Weight w(n, k, bits, false, true, ++seed, false, true);
+                for (const int64_t rows : {1, 2, 3, 4, 5, 70})
+                    check_product(w, rows, {LRQ_BFLOAT16}, {1, 2}, random_codes(rows * k, ++seed));
             }
     for (const int bits : {2, 3, 4, 8}) {
         const auto run = [&](int64_t rows, int64_t n, int64_t k, bool has_row_tables) {
@@ -840,6 +856,7 @@ void test_bad_arguments() {
     LINEAR("no inputs", w.in_features = 0);
     LINEAR("too many inputs", w.in_features = 1 << 17);
     LINEAR("19 tables", w.table_rows = 19);
+    LINEAR("a trellis of many tables", w.table_rows = w.out_features; w.is_trellis = 1);
     LINEAR("0 tables", w.table_rows = 0);
     LINEAR("-1 rows", rows = -1);
     LINEAR("output type 3", type = 3);

@@ -6,9 +6,9 @@ quantized to 8. Two named modes set everything else:
 ========== ================================================= ==========================================================
 mode       what it is                                        settings
 ========== ================================================= ==========================================================
-``auto``   the default: per layer, the rotation and          one table per layer, centring, fitted activation clip,
-           smoothing with the smallest measured error,       8-bit storage of the layers kept out of the low-bit set
-           GPTQ where held-out prompts gain from it
+``auto``   the default: per layer, the rotation and          one table per layer, codes on a trellis, centring,
+           smoothing with the smallest measured error,       fitted activation clip, 8-bit storage of the layers kept
+           GPTQ where held-out prompts gain from it          out of the low-bit set
 ``paper``  LRQ-DiT as published (arXiv 2508.03485)           one table per row, smoothing 0.5, rotation by J >= 1,
                                                              no clip, no centring, kept layers untouched, rounding to
                                                              nearest
@@ -29,6 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
     "auto": {},
     "paper": {
         "table_scope": "row",
+        "coding": "scalar",
         "rotation": "threshold",
         "smoothing": "always",
         "is_centred": False,
@@ -41,6 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
 ROTATION_POLICIES = ("auto", "threshold", "none", "hadamard", "block_hadamard", "outlier")
 SMOOTHING_POLICIES = ("auto", "always", "never")
 TABLE_SCOPES = ("layer", "row")
+CODINGS = ("auto", "scalar", "trellis")
 TOKEN_LEVEL_POLICIES = ("auto", "uniform", "normal")
 ROUNDING_POLICIES = ("nearest", "compensated")
 _KINDS: dict[str, Any] = {
@@ -67,6 +69,9 @@ class QuantizationConfig:
         mode: name of the mode the other defaults came from, ``auto`` or ``paper``.
         codebook: weight levels, a key of :data:`lrqdit.codebook.CODEBOOKS`.
         table_scope: ``layer`` (one int8 table per layer) or ``row`` (one per output row).
+        coding: ``scalar`` (a code is a level), ``trellis`` (codes are paths through twice as many levels,
+            :mod:`lrqdit.trellis`: a third less error at equal bits, from one table per layer) or ``auto`` (``trellis``
+            for Twin-Log levels with one table per layer).
         rotation: ``auto`` (smallest measured error), ``threshold`` (the paper's: Hadamard below ``rotation_threshold``,
             R1 P R2 from it on), or one kind for every layer.
         rotation_threshold: threshold on J, the RMS of a layer's input.
@@ -93,6 +98,7 @@ class QuantizationConfig:
     mode: str = "auto"
     codebook: str = "twin_log"
     table_scope: str = "layer"
+    coding: str = "auto"
     rotation: str = "auto"
     rotation_threshold: float = 1.0
     smoothing: str = "auto"
@@ -120,11 +126,17 @@ class QuantizationConfig:
         _check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
         _check_choice("mode", self.mode, tuple(MODES))
         _check_choice("table_scope", self.table_scope, TABLE_SCOPES)
+        _check_choice("coding", self.coding, CODINGS)
         _check_choice("rotation", self.rotation, ROTATION_POLICIES)
         _check_choice("smoothing", self.smoothing, SMOOTHING_POLICIES)
         _check_choice("token_levels", self.token_levels, TOKEN_LEVEL_POLICIES)
         _check_choice("rounding", self.rounding, ROUNDING_POLICIES)
         _check_choice("keep_bits", self.keep_bits, (8, 16))
+        if self.coding == "trellis" and (self.table_scope != "layer" or self.codebook == "minmax"):
+            raise ConfigError(
+                f"coding='trellis' needs one table per layer, but table_scope={self.table_scope!r} and "
+                f"codebook={self.codebook!r} have one per row; set table_scope='layer' and another codebook"
+            )
         if not 0 < self.smoothing_alpha < 1:
             raise ConfigError(f"smoothing_alpha={self.smoothing_alpha!r} must lie between 0 and 1; 0.5 is the default")
         for name in ("damping", "moment_gib"):
@@ -137,6 +149,12 @@ class QuantizationConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"exclude={pattern!r} is not a regular expression: {error}") from error
+
+    @property
+    def has_trellis(self) -> bool:
+        """Whether layers below 8 bits are coded by a trellis."""
+        is_default = self.table_scope == "layer" and self.codebook == "twin_log"
+        return self.coding == "trellis" or (self.coding == "auto" and is_default)
 
     @property
     def preset(self) -> str:

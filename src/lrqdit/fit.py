@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrqdit import codebook, ops, rotation
+from lrqdit import codebook, ops, rotation, trellis
 from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
 from lrqdit.calibrate import ActivationStats
 from lrqdit.compensate import Curvature, round_weight
@@ -48,7 +48,7 @@ class GroupReport:
         absmax: the largest |x|; None without calibration.
         rotation, is_smoothed, clip: the choice.
         error: relative output error of the choice.
-        candidates: relative output error by "rotation" or "rotation+smoothing", both with plain rounding.
+        candidates: relative output error by "rotation" or "rotation+smoothing", of plain rounding to scalar levels.
         rounding: by layer, the held-out output error of each way of rounding relative to plain rounding; the smallest
             was taken.
     """
@@ -241,6 +241,8 @@ def quantize_linear(
     weight = weight.detach().cpu().float()
     folded = ops.fold(transform, weight)
     levels = _fit_levels(name, folded, weight_bits, config)
+    if is_trellis := config.has_trellis and weight_bits < 8:
+        levels = trellis.expand(levels, folded)
     new_bias = None if bias is None else bias.detach().cpu().float()
     if transform.input_offset is not None:
         shift = (weight.numpy().astype(np.float64) * transform.input_offset.double().numpy()).sum(axis=1)
@@ -254,6 +256,7 @@ def quantize_linear(
         activation_bits=activation_bits,
         codebook=levels.kind,
         table_rows=0 if weight_bits == 8 else len(levels.table),
+        is_trellis=is_trellis,
         rotation=r.kind,
         factors=r.factors,
         clip=transform.clip,

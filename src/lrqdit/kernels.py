@@ -92,7 +92,8 @@ def _multiply(
     (rows, in_features), out_features = x.shape, len(row_scale)
     table_rows = 0 if table is None else len(table)
     _require("packed", packed, torch.uint8, *packed_shape(out_features, in_features, bits))
-    _require("table", table, torch.int8, 1 if table_rows == 1 else out_features, 1 << bits)
+    is_trellis = ops.has_trellis(table, bits)
+    _require("table", table, torch.int8, 1 if table_rows == 1 else out_features, (2 if is_trellis else 1) << bits)
     _require("row_scale", row_scale, torch.float32, out_features)
     _require("bias", bias, torch.float32, out_features)
     _require("scale", scale, torch.float32, rows)
@@ -100,7 +101,7 @@ def _multiply(
     out = torch.empty(rows, out_features, dtype=native_dtype)
     kept = [_contiguous(t) for t in (packed, table, row_scale, bias, x, scale)]
     pointers = [_address(t) for t in kept]
-    weight = native.Weight(*pointers[:4], out_features, in_features, table_rows, bits)
+    weight = native.Weight(*pointers[:4], out_features, in_features, table_rows, bits, is_trellis)
     inputs = pointers[4:5] if scale is None else pointers[4:]
     native.call(function, weight, rows, *inputs, TYPE_CODES[native_dtype], torch.get_num_threads(), out)
     return out if native_dtype == out_dtype else out.to(out_dtype)

@@ -33,6 +33,7 @@ class LinearFormat:
         activation_bits: 4, 6, 8 or 16 (weight-only).
         codebook: kind of the levels.
         table_rows: rows of the int8 table: 1, out_features, or 0 for 8-bit codes, which need none.
+        is_trellis: whether the codes are a path through one table of twice as many levels (:mod:`lrqdit.trellis`).
         rotation: kind of the rotation.
         factors: its Kronecker factors (or block sizes).
         clip: activation clip ratio.
@@ -48,6 +49,7 @@ class LinearFormat:
     activation_bits: int
     codebook: str = "twin_log"
     table_rows: int = 1
+    is_trellis: bool = False
     rotation: str = "none"
     factors: tuple[int, ...] = ()
     clip: float = 1.0
@@ -90,6 +92,8 @@ class LinearFormat:
             raise ValueError(f"token_levels={self.token_levels!r} at {self.activation_bits} bits")
         if self.table_rows not in ((0,) if self.weight_bits == 8 else (1, self.out_features)):
             raise ValueError(f"table_rows={self.table_rows}")
+        if self.is_trellis and self.table_rows != 1:
+            raise ValueError(f"is_trellis with table_rows={self.table_rows}")
         if self.rotation != "outlier":
             Rotation.from_tensors(self.rotation, self.in_features, self.factors, {})
         elif (
@@ -149,7 +153,8 @@ class QuantLinear(nn.Linear):
         packed = packed_shape(self.out_features, self.in_features, format.weight_bits)
         self._declare("packed", packed, torch.uint8, device)
         if format.table_rows:
-            self._declare("table", (format.table_rows, 1 << format.weight_bits), torch.int8, device)
+            levels = (2 if format.is_trellis else 1) << format.weight_bits
+            self._declare("table", (format.table_rows, levels), torch.int8, device)
         self._declare("row_scale_bits", (self.out_features,), torch.int32, device)
         if format.has_bias:
             self._declare("bias_bits", (self.out_features,), torch.int32, device)

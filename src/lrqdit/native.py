@@ -21,7 +21,7 @@ from torch import Tensor
 import lrqdit
 from lrqdit.errors import KernelError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ENVIRONMENT = "LRQDIT_KERNELS"
 ISA_NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "serial")
 LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.dll"}.get(
@@ -68,6 +68,7 @@ class Weight(ctypes.Structure):
         ("in_features", ctypes.c_int64),
         ("table_rows", ctypes.c_int64),
         ("bits", ctypes.c_int32),
+        ("is_trellis", ctypes.c_int32),
     ]
 
 
@@ -105,6 +106,10 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
         (ctypes.POINTER(Matrix), *_table, _pointer, ctypes.c_int64, ctypes.c_int, _pointer),
     ),
     "lrq_encode": (ctypes.c_int, (ctypes.POINTER(Matrix), *_table, _pointer, ctypes.c_int, _pointer)),
+    "lrq_trellis_encode": (
+        ctypes.c_int,
+        (ctypes.POINTER(Matrix), _pointer, ctypes.c_int, _pointer, ctypes.c_int, _pointer),
+    ),
     "lrq_pack": (
         ctypes.c_int,
         (_pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, _pointer, _pointer),

@@ -18,6 +18,7 @@ from torch import Tensor
 from lrqdit import activation
 from lrqdit.packing import unpack
 from lrqdit.rotation import Rotation
+from lrqdit.trellis import level_index
 
 _TRANSFORM = (
     "Tensor x, Tensor? input_offset, Tensor? input_scale, str rotation, int[] factors, "
@@ -36,11 +37,14 @@ LIBRARY.define(f"weight_only_linear({_TRANSFORM}, {_WEIGHT}) -> Tensor")
 def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_features: int, bits: int) -> Tensor:
     """Packed codes -> the int8 weights that are multiplied, (out_features, in_features).
 
-    ``table`` is int8 (1 or out_features, 2**bits); None stands for 8-bit codes, whose value is code - 128.
+    ``table`` is int8 (1 or out_features, 2**bits); None stands for 8-bit codes, whose value is code - 128. A table
+    twice as long belongs to a trellis (:mod:`lrqdit.trellis`).
     """
     codes = unpack(packed, out_features, in_features, bits)
     if table is None:
         return (codes.int() - 128).to(torch.int8)
+    if has_trellis(table, bits):
+        codes = level_index(codes)
     if table.shape[0] == 1:
         return torch.cat([table[0][chunk.int()] for chunk in codes.split(ROWS_PER_CHUNK)])
     return torch.cat(
@@ -49,6 +53,11 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
             for t, chunk in zip(table.split(ROWS_PER_CHUNK), codes.split(ROWS_PER_CHUNK), strict=True)
         ]
     )
+
+
+def has_trellis(table: Tensor | None, bits: int) -> bool:
+    """Whether a layer's table is that of a trellis: twice as many levels as its codes can name."""
+    return table is not None and table.shape[1] == 2 << bits
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:

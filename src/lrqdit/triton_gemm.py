@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lrqdit.ops import has_trellis
 from lrqdit.packing import TILE
 from lrqdit.triton_prologue import transform_tokens
 
@@ -80,7 +81,7 @@ WEIGHT_ONLY_MANY = (
     Plan("fused", 128, 128, 64, 8, 3),
 )
 
-choices: dict[tuple, Plan] = {}  # what was chosen, by (operator, device, tokens rounded up, N, K, bits, dtype)
+choices: dict[tuple, Plan] = {}  # what was chosen, by (operator, device, tokens rounded up, N, K, bits, coding, dtype)
 
 
 def quantized_linear(
@@ -97,8 +98,8 @@ def quantized_linear(
     if tokens == 0:
         return codes.new_empty(0, out_features, dtype=out_dtype)
     plans = FEW_TOKENS if tokens <= 16 else SOME_TOKENS if tokens <= 512 else MANY_TOKENS
-    has_rows = table is not None and table.shape[0] > 1
-    key = ("quantized", codes.device, _rounded_up(tokens), out_features, in_features, bits, has_rows, out_dtype)
+    coding = None if table is None else (table.shape[0] > 1, has_trellis(table, bits))
+    key = ("quantized", codes.device, _rounded_up(tokens), out_features, in_features, bits, coding, out_dtype)
     return run(tune(key, plans, run))
 
 
@@ -119,8 +120,8 @@ def weight_only_linear(
     if tokens == 0:
         return x.new_empty(0, out_features, dtype=out_dtype)
     plans = WEIGHT_ONLY_FEW if tokens <= 32 else WEIGHT_ONLY_MANY
-    has_rows = table is not None and table.shape[0] > 1
-    key = ("weight_only", x.device, _rounded_up(tokens), out_features, in_features, bits, has_rows, x.dtype, out_dtype)
+    coding = None if table is None else (table.shape[0] > 1, has_trellis(table, bits))
+    key = ("weight_only", x.device, _rounded_up(tokens), out_features, in_features, bits, coding, x.dtype, out_dtype)
     return run(tune(key, plans, run))
 
 
@@ -184,8 +185,8 @@ def multiply(
     grid = (triton.cdiv(tokens, plan.block_m) * triton.cdiv(out_features, plan.block_n),)
     _gemm_kernel[grid](
         a, scale, w, table, row_scale, bias, out, tokens, out_features, in_features, packed.shape[1],
-        bits if plan.path == "fused" else 0, _table_stride(table), use_tma, plan.path == "float",
-        plan.block_m, plan.block_n, plan.block_k, GROUP_M,
+        bits if plan.path == "fused" else 0, _table_stride(table), has_trellis(table, bits), use_tma,
+        plan.path == "float", plan.block_m, plan.block_n, plan.block_k, GROUP_M,
         num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -204,7 +205,8 @@ def multiply_float(
     grid = (triton.cdiv(tokens, plan.block_m) * triton.cdiv(out_features, plan.block_n),)
     _weight_only_kernel[grid](
         x, packed, table, row_scale, bias, out, tokens, out_features, in_features, packed.shape[1],
-        bits, _table_stride(table), parts, products, plan.block_m, plan.block_n, plan.block_k, GROUP_M,
+        bits, _table_stride(table), has_trellis(table, bits), parts, products,
+        plan.block_m, plan.block_n, plan.block_k, GROUP_M,
         num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -217,7 +219,8 @@ def decode(packed: Tensor, table: Tensor | None, out_features: int, bits: int) -
     block_n, block_k = DECODE_BLOCK
     grid = (triton.cdiv(out_features, block_n), triton.cdiv(in_tiles * TILE, block_k))
     _decode_kernel[grid](
-        packed, table, weight, out_features, in_tiles, bits, _table_stride(table), block_n, block_k,
+        packed, table, weight, out_features, in_tiles, bits, _table_stride(table), has_trellis(table, bits),
+        block_n, block_k,
         enable_fp_fusion=False,
     )  # fmt: skip
     return weight
@@ -233,32 +236,44 @@ def _rounded_up(tokens: int) -> int:
 
 
 @triton.jit
-def _load_weight(
-    packed, table, n, first_tile, out_features, in_tiles,
-    BITS: tl.constexpr, TABLE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """int8 (n, BLOCK_K): decoded weights of output channels n and of the input tiles from first_tile on."""
+def _load_codes(packed, column, k, first_tile, out_features, in_tiles, BITS: tl.constexpr):
+    """int32 (n, BLOCK_K): codes of output channels ``column`` (n, 1), 0 below channel 0; see lrqdit/packing.py."""
     TILE_BYTES: tl.constexpr = 32 * BITS
-    k = tl.arange(0, BLOCK_K)[None, :]
-    column = n[:, None]
     tile = first_tile + k // 16
     # whole tiles are stored, so bounds by tile keep sixteen inputs together in one load
-    mask = (column < (out_features + 15) // 16 * 16) & (tile < in_tiles)
+    mask = (column >= 0) & (column < (out_features + 15) // 16 * 16) & (tile < in_tiles)
     start = packed + ((column // 16).to(tl.int64) * in_tiles + tile) * TILE_BYTES
     position = column % 4
     lane = column % 16 // 4 * 16 + k % 16
     if BITS == 8:
-        code = tl.load(start + position * 64 + lane, mask=mask, other=0).to(tl.int32)
-    elif BITS == 4:
+        return tl.load(start + position * 64 + lane, mask=mask, other=0).to(tl.int32)
+    if BITS == 4:
         both = tl.load(start + position // 2 * 64 + lane, mask=mask, other=0).to(tl.int32)
-        code = both >> position % 2 * 4 & 15
-    else:
-        code = tl.load(start + lane, mask=mask, other=0).to(tl.int32) >> position * 2 & 3
-        if BITS == 3:
-            third = tl.load(start + 64 + position * 8 + lane // 8, mask=mask, other=0).to(tl.int32)
-            code |= (third >> lane % 8 & 1) << 2
+        return both >> position % 2 * 4 & 15
+    code = tl.load(start + lane, mask=mask, other=0).to(tl.int32) >> position * 2 & 3
+    if BITS == 3:
+        third = tl.load(start + 64 + position * 8 + lane // 8, mask=mask, other=0).to(tl.int32)
+        code |= (third >> lane % 8 & 1) << 2
+    return code
+
+
+@triton.jit
+def _load_weight(
+    packed, table, n, first_tile, out_features, in_tiles,
+    BITS: tl.constexpr, TABLE_STRIDE: tl.constexpr, TRELLIS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """int8 (n, BLOCK_K): decoded weights of output channels n and of the input tiles from first_tile on."""
+    k = tl.arange(0, BLOCK_K)[None, :]
+    column = n[:, None]
+    code = _load_codes(packed, column, k, first_tile, out_features, in_tiles, BITS)
     if table is None:
         return (code - 128).to(tl.int8)
+    if TRELLIS:  # see lrqdit/trellis.py
+        flips = _load_codes(packed, column - 1, k, first_tile, out_features, in_tiles, BITS)
+        flips ^= _load_codes(packed, column - 6, k, first_tile, out_features, in_tiles, BITS)
+        parity = _load_codes(packed, column - 2, k, first_tile, out_features, in_tiles, BITS)
+        parity ^= _load_codes(packed, column - 4, k, first_tile, out_features, in_tiles, BITS)
+        return tl.load(table + (code ^ flips & 1) * 2 + (parity & 1))
     if TABLE_STRIDE == 0:
         return tl.load(table + code)
     return tl.load(table + tl.minimum(column, out_features - 1) * TABLE_STRIDE + code)
@@ -287,12 +302,12 @@ def _store(out, y, bias, m, n, tokens, out_features):
 @triton.jit
 def _decode_kernel(
     packed, table, weight, out_features, in_tiles,
-    BITS: tl.constexpr, TABLE_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, TABLE_STRIDE: tl.constexpr, TRELLIS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     first_tile = tl.program_id(1) * (BLOCK_K // 16)
-    values = _load_weight(packed, table, n, first_tile, out_features, in_tiles, BITS, TABLE_STRIDE, BLOCK_K)
+    values = _load_weight(packed, table, n, first_tile, out_features, in_tiles, BITS, TABLE_STRIDE, TRELLIS, BLOCK_K)
     offsets = n.to(tl.int64)[:, None] * (in_tiles * 16) + k[None, :]
     tl.store(weight + offsets, values, mask=(n < out_features)[:, None] & (k < in_tiles * 16)[None, :])
 
@@ -300,8 +315,9 @@ def _decode_kernel(
 @triton.jit
 def _gemm_kernel(
     a, scale, weight, table, row_scale, bias, out, tokens, out_features, in_features, in_tiles,
-    BITS: tl.constexpr, TABLE_STRIDE: tl.constexpr, USE_TMA: tl.constexpr, FLOAT_PRODUCTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, TABLE_STRIDE: tl.constexpr, TRELLIS: tl.constexpr, USE_TMA: tl.constexpr,
+    FLOAT_PRODUCTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """BITS = 0: weight is int8 (out_features, 16 in_tiles). With USE_TMA a and weight are tensor descriptors."""
     first_m, first_n = _block(tokens, out_features, BLOCK_M, BLOCK_N, GROUP)
@@ -324,7 +340,9 @@ def _gemm_kernel(
                 w = tl.load(weight_rows + start, mask=inside, other=0)
             else:
                 first_tile = step * (BLOCK_K // 16)
-                w = _load_weight(weight, table, n, first_tile, out_features, in_tiles, BITS, TABLE_STRIDE, BLOCK_K)
+                w = _load_weight(
+                    weight, table, n, first_tile, out_features, in_tiles, BITS, TABLE_STRIDE, TRELLIS, BLOCK_K
+                )
         if FLOAT_PRODUCTS:
             # |x w| <= 2^14, so 1024 of them are exact in float32
             tl.static_assert(BLOCK_K <= 1024)
@@ -353,8 +371,8 @@ def _scale_kernel(
 @triton.jit
 def _weight_only_kernel(
     x, packed, table, row_scale, bias, out, tokens, out_features, in_features, in_tiles,
-    BITS: tl.constexpr, TABLE_STRIDE: tl.constexpr, PARTS: tl.constexpr, PRODUCTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, TABLE_STRIDE: tl.constexpr, TRELLIS: tl.constexpr, PARTS: tl.constexpr,
+    PRODUCTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """int8 weights are exact in bfloat16; x is the sum of PARTS bfloat16 values."""
     first_m, first_n = _block(tokens, out_features, BLOCK_M, BLOCK_N, GROUP)
@@ -366,7 +384,7 @@ def _weight_only_kernel(
         inside = (m < tokens)[:, None] & (k < in_features - start)[None, :]
         rest = tl.load(x_rows + start, mask=inside, other=0.0).to(tl.float32)
         first_tile = step * (BLOCK_K // 16)
-        w = _load_weight(packed, table, n, first_tile, out_features, in_tiles, BITS, TABLE_STRIDE, BLOCK_K)
+        w = _load_weight(packed, table, n, first_tile, out_features, in_tiles, BITS, TABLE_STRIDE, TRELLIS, BLOCK_K)
         w = tl.trans(w.to(tl.float32).to(PRODUCTS))
         for _ in tl.static_range(PARTS):
             part = rest.to(tl.bfloat16)
