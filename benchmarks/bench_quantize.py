@@ -1,8 +1,8 @@
 """Weights per second of quantizing: folding the rotation, fitting levels, encoding, packing; the last line is JSON.
 
 Compared in one process, interleaved, medians: the native library, the numpy and torch reference, a grid search as the
-paper's released code does it, and the quantizers of other packages where they are installed. The setting is w4a8's:
-twin_log, 4 bits, one table for the layer, a full Hadamard rotation.
+paper's released code does it, and the quantizers of other packages where they are installed. The setting is twin_log,
+4 bits, one table for the layer, a full Hadamard rotation, rounding to nearest; with a trellis, the nearest path.
 
 Run: python benchmarks/bench_quantize.py [--rounds 5] [--threads 2]. It takes about two minutes.
 """
@@ -20,7 +20,7 @@ import torch
 from bench_levels import read_processor
 from torch import Tensor
 
-from lrqdit import QuantizationConfig, codebook, native, ops
+from lrqdit import QuantizationConfig, codebook, native, ops, trellis
 from lrqdit.fit import data_free_transform
 from lrqdit.packing import pack
 
@@ -29,6 +29,7 @@ SMALL_SHAPES = ((288, 288), (1152, 288), (288, 1152))  # of the demo model
 BITS = 4
 PHASES = ("fold", "fit", "encode", "pack")
 FLUX_WEIGHTS = 12e9
+TRELLIS = "native, trellis"
 ETAS, CLIPS = 13, 25
 GRID_ROWS = 64
 
@@ -43,7 +44,9 @@ def reference() -> Iterator[None]:
         native.LIBRARY = library
 
 
-def quantize(weight: Tensor, fold: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], Tensor]:
+def quantize(
+    weight: Tensor, fold: Callable[[Tensor], Tensor], has_trellis: bool = False
+) -> tuple[dict[str, float], Tensor]:
     """The seconds of each phase, and the packed codes."""
     seconds, start = {}, time.perf_counter()
     result = weight
@@ -52,6 +55,8 @@ def quantize(weight: Tensor, fold: Callable[[Tensor], Tensor]) -> tuple[dict[str
             result = folded = fold(result)
         elif name == "fit":
             levels = codebook.fit(folded, BITS)
+            if has_trellis:
+                levels = trellis.expand(levels, folded)
         elif name == "encode":
             result = levels.encode(folded)
         else:
@@ -131,11 +136,12 @@ def compare(shape: tuple[int, int], rounds: int, peers: dict[str, Callable[[Tens
     """Print and return weights per second, in all and by phase, of every way on one shape."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
     transform = data_free_transform(shape[1], QuantizationConfig.from_name("w4a8"), 8)
-    ways: dict[str, list[dict[str, float]]] = {"native": [], "reference": []} | {name: [] for name in peers}
+    ways: dict[str, list[dict[str, float]]] = {name: [] for name in ("native", TRELLIS, "reference", *peers)}
     part = weight[:GRID_ROWS].numpy().astype(np.float64)
     ways["grid search"] = []
     for _ in range(rounds):
         ways["native"].append(quantize(weight, lambda w: ops.fold(transform, w))[0])
+        ways[TRELLIS].append(quantize(weight, lambda w: ops.fold(transform, w), True)[0])
         with reference():
             ways["reference"].append(quantize(weight, transform.fold)[0])
         for name, peer in peers.items():
@@ -151,7 +157,8 @@ def compare(shape: tuple[int, int], rounds: int, peers: dict[str, Callable[[Tens
         results[name] = {"all": weight.numel() / total} | {k: weight.numel() / v for k, v in phases.items()}
         shown = [f"{results[name][k] / 1e6:>9.1f}" if k in results[name] else " " * 9 for k in ("all", *PHASES)]
         print(f"{name:>36}" + "".join(shown))
-    results["seconds"] = statistics.median(sum(run.values()) for run in ways["native"])
+    for name, way in (("seconds", "native"), ("trellis_seconds", TRELLIS)):
+        results[name] = statistics.median(sum(run.values()) for run in ways[way])
     folded = transform.fold(weight)
     with reference():
         expected = quantize(folded, lambda w: w)[1]
@@ -197,14 +204,17 @@ def main() -> None:
     codebook.fit(torch.randn(64, 64), BITS)
     shapes = {f"{shape[0]}x{shape[1]}": compare(shape, arguments.rounds, peers) for shape in SHAPES}
     weights = sum(rows * columns for rows, columns in SHAPES)
-    rate = weights / sum(results["seconds"] for results in shapes.values())
-    print(
-        f"\nall shapes, native: {rate / 1e6:.1f} million weights per second; {FLUX_WEIGHTS / rate:.0f} s for 12 billion"
+    rate, trellis_rate = (
+        weights / sum(results[name] for results in shapes.values()) for name in ("seconds", "trellis_seconds")
     )
+    print("\nall shapes, million weights per second, and seconds for 12 billion")
+    for name, value in (("native", rate), (TRELLIS, trellis_rate)):
+        print(f"{name:>20} {value / 1e6:8.1f} {FLUX_WEIGHTS / value:6.0f}")
     results = {
         "machine": machine | {"kernels": native.describe()[0]},
         "setting": {"codebook": "twin_log", "bits": BITS, "scope": "layer", "rotation": "hadamard"},
         "weights_per_second": rate,
+        "trellis_weights_per_second": trellis_rate,
         "is_identical": all(results["is_identical"] for results in shapes.values()),
         "shapes": shapes,
         "small_fit_milliseconds": compare_small(arguments.rounds),
