@@ -51,103 +51,106 @@ template <class Body> LRQ_INLINE void with_coding(const lrq_weight &w, Body &&bo
     }
 }
 
-// 16 codes of channel 4 j + p.
-LRQ_INLINE u8x16 unpack_channel(const uint8_t *tile, int bits, int j, int p) {
-    if (bits == 8) return load<u8x16>(tile + 64 * p + 16 * j);
-    if (bits == 4) {
-        const u8x16 both = load<u8x16>(tile + 64 * (p >> 1) + 16 * j);
-        return p & 1 ? both >> 4 : both & 15;
+// A tile is BITS / 2 planes of 64 bytes, a lane of 16 bytes for each j (3 bits: one, and the third bits behind it).
+template <int BITS> constexpr int PLANES = BITS == 3 ? 1 : BITS / 2;
+
+// What a trellis makes of the planes x of some lanes, given those of one lane and of two lanes before, y and z: the codes'
+// lowest bits are replaced by those of the level's place, and the lowest bits of `parity`, at the codes' places, tell odd
+// from even levels. A channel's lowest bit lies at bit 4 (p & 1) of plane p / 2, or at bit 2 p of the only plane.
+template <int BITS, class V> LRQ_INLINE void follow_path(V *x, const V *y, const V *z, V *parity) {
+    if constexpr (BITS == 4) {
+        parity[0] = y[0] ^ y[1], parity[1] = x[0] ^ y[1];
+        const V first = (x[0] << 4 | y[1] >> 4) ^ z[1], second = (x[1] << 4 | x[0] >> 4) ^ y[0];
+        x[0] ^= first & 0x11, x[1] ^= second & 0x11;
+    } else {
+        parity[0] = (x[0] << 4 | y[0] >> 4) ^ y[0];
+        x[0] ^= ((x[0] << 2 | y[0] >> 6) ^ (y[0] << 4 | z[0] >> 4)) & 0x55;
     }
-    u8x16 codes = load<u8x16>(tile + 16 * j) >> (2 * p) & 3;
-    if (bits == 3) {
-        uint16_t third;
-        __builtin_memcpy(&third, tile + 64 + 8 * p + 2 * j, 2);
-        const u8x16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-        const uint8_t low = third & 255, high = third >> 8;
-        const u8x16 spread = {low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
-        codes |= (u8x16)((spread & bit) == bit) & 4;
-    }
-    return codes;
 }
 
-constexpr int MEMORY = 6;  // channels before its own that a channel of a trellis depends on
+// The codes of position p from a tile's planes, without the third bit.
+template <int BITS, class V> LRQ_INLINE V unpack(const V *planes, int p) {
+    if constexpr (BITS == 8)
+        return planes[p];
+    else if constexpr (BITS == 4)
+        return p & 1 ? planes[p >> 1] >> 4 : planes[p >> 1] & 15;
+    else
+        return planes[0] >> (2 * p) & 3;
+}
 
 // A tile's weights by channel, as bytes. before: the tile of the 16 channels before, or nullptr; used by a trellis alone.
 template <int BITS, bool TRELLIS>
 LRQ_INLINE void decode_channels(const uint8_t *tile, const uint8_t *before, const Tables &tables, uint8_t flip,
                                 u8x16 *out) {
-    if constexpr (TRELLIS) {
-        u8x16 codes[MEMORY + 16] = {};
-        for (int n = before ? 0 : MEMORY; n < MEMORY + 16; ++n) {
-            const int channel = (n + 16 - MEMORY) % 16;
-            codes[n] = unpack_channel(n < MEMORY ? before : tile, BITS, channel / 4, channel % 4);
-        }
-        const u8x16 even = load<u8x16>(tables.bytes[0]), odd = load<u8x16>(tables.bytes[1]);
-        for (int n = 0; n < 16; ++n) {
-            const u8x16 *c = codes + MEMORY + n;
-            const u8x16 code = c[0] ^ ((c[-1] ^ c[-6]) & 1), is_odd = -((c[-2] ^ c[-4]) & 1);
-            out[n] = (look_up(even, code) & ~is_odd) | (look_up(odd, code) & is_odd);
-        }
-    } else {
-        for (int j = 0; j < 4; ++j)
-            for (int p = 0; p < 4; ++p) {
-                const u8x16 codes = unpack_channel(tile, BITS, j, p);
-                out[4 * j + p] = BITS == 8 ? codes ^ static_cast<uint8_t>(flip ^ 0x80)
-                                           : look_up(load<u8x16>(tables.bytes[4 * j + p]), codes);
+    constexpr int planes = PLANES<BITS>;
+    u8x16 lanes[6][planes] = {};  // two of the tile before, then the tile's
+    for (int j = before ? -2 : 0; j < 4; ++j)
+        for (int v = 0; v < planes; ++v) lanes[j + 2][v] = load<u8x16>((j < 0 ? before + 64 : tile) + 64 * v + 16 * j);
+    for (int j = 0; j < 4; ++j) {
+        u8x16 x[planes], parity[planes] = {};
+        for (int v = 0; v < planes; ++v) x[v] = lanes[j + 2][v];
+        if constexpr (TRELLIS) follow_path<BITS>(x, lanes[j + 1], lanes[j], parity);
+        for (int p = 0; p < 4; ++p) {
+            u8x16 codes = unpack<BITS>(x, p);
+            if constexpr (BITS == 8) {
+                out[4 * j + p] = codes ^ static_cast<uint8_t>(flip ^ 0x80);
+                continue;
             }
+            if constexpr (BITS == 3) {
+                uint16_t third;
+                __builtin_memcpy(&third, tile + 64 + 8 * p + 2 * j, 2);
+                const u8x16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+                const uint8_t l = third & 255, h = third >> 8;
+                const u8x16 spread = {l, l, l, l, l, l, l, l, h, h, h, h, h, h, h, h};
+                codes |= (u8x16)((spread & bit) == bit) & 4;
+            }
+            if constexpr (TRELLIS) {
+                const u8x16 is_odd = -(unpack<BITS>(parity, p) & 1);
+                const u8x16 even = look_up(load<u8x16>(tables.bytes[0]), codes);
+                out[4 * j + p] = (even & ~is_odd) | (look_up(load<u8x16>(tables.bytes[1]), codes) & is_odd);
+            } else {
+                out[4 * j + p] = look_up(load<u8x16>(tables.bytes[4 * j + p]), codes);
+            }
+        }
     }
 }
 
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
-// All four lanes at once: position p of every lane, 4 channels x 16 inputs.
-template <int BITS> LRQ_INLINE void unpack_positions(const uint8_t *tile, __m512i *out) {
-    if constexpr (BITS == 8) {
-        for (int p = 0; p < 4; ++p) out[p] = _mm512_loadu_si512(tile + 64 * p);
-    } else if constexpr (BITS == 4) {
-        const __m512i mask = _mm512_set1_epi8(15);
-        for (int v = 0; v < 2; ++v) {
-            const __m512i both = _mm512_loadu_si512(tile + 64 * v);
-            out[2 * v] = _mm512_and_si512(both, mask);
-            out[2 * v + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-        }
-    } else {
-        const __m512i all = _mm512_loadu_si512(tile), mask = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
-        unroll<4>([&](auto p) LRQ_LAMBDA {
-            out[p] = _mm512_and_si512(_mm512_srli_epi16(all, 2 * p), mask);
-            if constexpr (BITS == 3) {
-                uint64_t third;
-                __builtin_memcpy(&third, tile + 64 + 8 * p, 8);
-                out[p] = _mm512_mask_add_epi8(out[p], _cvtu64_mask64(third), out[p], four);
-            }
-        });
-    }
-}
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
-// tables: of the four positions; of a trellis the even and the odd levels.
+// The same for all four lanes at once: out[p] is position p, 4 channels x 16 inputs. tables: of the four positions; of a
+// trellis the even and the odd levels. At 8 bits the codes are the weights.
 template <int BITS, bool TRELLIS>
 LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, const __m512i *tables, __m512i *out) {
-    __m512i c[4];
-    unpack_positions<BITS>(tile, c);
-    if constexpr (BITS == 8) {
-        for (int p = 0; p < 4; ++p) out[p] = c[p];
-    } else if constexpr (TRELLIS) {
-        __m512i b[4] = {}, x[MEMORY + 4];  // x[MEMORY + p + d]: the channels at distance d from those of position p
-        if (before) unpack_positions<BITS>(before, b);
-        unroll<4>([&](auto p) LRQ_LAMBDA { x[MEMORY + p] = c[p]; });
-        unroll<4>([&](auto p) LRQ_LAMBDA { x[2 + p] = _mm512_alignr_epi64(c[p], b[p], 6); });
-        unroll<2>([&](auto p) LRQ_LAMBDA { x[p] = _mm512_alignr_epi64(c[2 + p], b[2 + p], 4); });
-        const __m512i one = _mm512_set1_epi8(1);
-        unroll<4>([&](auto p) LRQ_LAMBDA {
-            const __m512i *at = x + MEMORY + p;
-            // c ^ ((c[-1] ^ c[-6]) & 1)
-            const __m512i flips = _mm512_and_si512(_mm512_xor_si512(at[-1], at[-6]), one);
-            const __m512i code = _mm512_xor_si512(at[0], flips);
-            const __mmask64 is_odd = _mm512_test_epi8_mask(_mm512_xor_si512(at[-2], at[-4]), one);
-            out[p] = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(tables[0], code), is_odd, tables[1], code);
+    constexpr int planes = PLANES<BITS>;
+    u8x64 x[planes], parity[planes] = {};
+    unroll<planes>([&](auto v) LRQ_LAMBDA { x[v] = load<u8x64>(tile + 64 * v); });
+    if constexpr (TRELLIS) {
+        u8x64 y[planes], z[planes];
+        unroll<planes>([&](auto v) LRQ_LAMBDA {
+            const __m512i last = before ? _mm512_loadu_si512(before + 64 * v) : _mm512_setzero_si512();
+            y[v] = (u8x64)_mm512_alignr_epi64((__m512i)x[v], last, 6);
+            z[v] = (u8x64)_mm512_alignr_epi64((__m512i)x[v], last, 4);
         });
-    } else {
-        for (int p = 0; p < 4; ++p) out[p] = _mm512_shuffle_epi8(tables[p], c[p]);
+        follow_path<BITS>(x, y, z, parity);
     }
+    unroll<4>([&](auto p) LRQ_LAMBDA {
+        __m512i codes = (__m512i)unpack<BITS>(x, p);
+        if constexpr (BITS == 3) {
+            uint64_t third;
+            __builtin_memcpy(&third, tile + 64 + 8 * p, 8);
+            codes = _mm512_mask_add_epi8(codes, _cvtu64_mask64(third), codes, _mm512_set1_epi8(4));
+        }
+        if constexpr (BITS == 8) {
+            out[p] = codes;
+        } else if constexpr (TRELLIS) {
+            constexpr int plane = BITS == 4 ? p >> 1 : 0, place = BITS == 4 ? 4 * (p & 1) : 2 * p;
+            const __mmask64 is_odd = _mm512_test_epi8_mask((__m512i)parity[plane], _mm512_set1_epi8(1 << place));
+            out[p] = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(tables[0], codes), is_odd, tables[1], codes);
+        } else {
+            out[p] = _mm512_shuffle_epi8(tables[p], codes);
+        }
+    });
 }
 
 template <bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &tables, __m512i *out) {
