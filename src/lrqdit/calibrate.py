@@ -1,9 +1,11 @@
 """Observers on linear layers while the real model runs: bounded statistics, a reservoir of tokens, who shares input.
 
 Memory does not grow with the number of steps: per layer input five vectors of its width, at most
-``calibration_tokens`` tokens in the model's own dtype, and, where compensated rounding will want it, the second moment
-of the centred input, (width, width). Layers that are given the very same tensor one after the other (q, k and v;
-FLUX's proj_mlp beside them) form one group, observed once.
+``calibration_tokens`` tokens in the model's own dtype, and, where compensated rounding will want them, two second
+moments of the centred input, (width, width): see :mod:`lrqdit.moments`. For the one that weighs tokens by what they do
+to the model's output, some of the model's calls are run a second time and differentiated.
+
+Layers that are given the very same tensor one after the other (q, k and v; FLUX's proj_mlp beside them) form one group, observed once.
 
 **Hold-out.** What a layer's rounding is fitted to must not judge it. While ``Observer.is_held_out`` is set, tokens
 enter the reservoir and not the second moment; otherwise the other way round (unless nothing is held out at all).
@@ -14,17 +16,20 @@ so that the result does not depend on the number of threads.
 """
 
 import copy
+import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lrqdit.errors import ModelError, NumericalError
-from lrqdit.rotation import single_thread
+from lrqdit.moments import ROWS_PER_BLOCK, SecondMoment, Tap, project_gradient
 
-ROWS_PER_BLOCK, ROWS_PER_PRODUCT = 4096, 1024
 MAX_MOMENT_WIDTH = 16384
 
 
@@ -35,7 +40,7 @@ class ActivationStats:
         channels: width of the input.
         reservoir_size: how many tokens are kept, chosen uniformly over everything observed.
         seed: seed of that choice.
-        has_moment: also sum up the second moment, (channels, channels) in float32.
+        has_moment: also sum up the second moments, (channels, channels) in float32 each.
 
     Attributes:
         tokens: the reservoir, (count, channels), from held-out calls only once there are any.
@@ -54,11 +59,9 @@ class ActivationStats:
         self._generator_state = torch.Generator().manual_seed(seed).get_state()
         self.is_held_out = False
         self._has_moment = has_moment
-        self._moment: Tensor | None = None  # sum of (x - shift)(x - shift)^T over the tokens that are not held out
-        self._shift: Tensor | None = None
-        self._moment_sum = np.zeros(channels)  # sum of x - shift over the same tokens
-        self._moment_count = 0
-        self._pending: list[Tensor] = []
+        self._moment: SecondMoment | None = None  # of the tokens that are not held out
+        self._output_moment: SecondMoment | None = None
+        self._sign_generator = torch.Generator().manual_seed(seed)
 
     def update(self, x: Tensor, is_held_out: bool = False) -> None:
         """Add the tokens of x (..., channels)."""
@@ -78,34 +81,31 @@ class ActivationStats:
             self._add_moment(x)
 
     def _add_moment(self, x: Tensor) -> None:
-        """Around the mean of the first call's tokens: a constant offset would drown in rounding what varies."""
-        if self._moment is None or self._shift is None:
-            width = x.shape[1]
-            self._shift = torch.from_numpy(x.cpu().float().numpy().mean(axis=0, dtype=np.float64)).float().to(x.device)
-            self._moment = torch.zeros(width, width, device=x.device)
-        # few rows at a time would add the whole matrix for each few
-        self._pending.append(x.float() - self._shift)
-        if sum(len(part) for part in self._pending) >= ROWS_PER_PRODUCT:
-            self._add_pending()
+        if self._moment is None:  # around the mean of the first call's tokens
+            shift = torch.from_numpy(x.cpu().float().numpy().mean(axis=0, dtype=np.float64)).float().to(x.device)
+            self._moment = SecondMoment(shift)
+        self._moment.add(x.float() - self._moment.shift, torch.ones(len(x)))
 
-    def _add_pending(self) -> None:
-        if self._pending:
-            with single_thread():
-                for rows in torch.cat(self._pending).split(ROWS_PER_BLOCK):
-                    self._moment += rows.T @ rows
-                    self._moment_sum += rows.cpu().numpy().sum(axis=0, dtype=np.float64)
-                    self._moment_count += len(rows)
-            self._pending = []
+    def add_gradient(self, gradient: Tensor, x: Tensor) -> None:
+        """Add what the tokens x (batch, ..., channels), seen before, do to the model's output.
+
+        ``gradient`` (batch, ..., out_features) is that of a random projection of it to the layer's output.
+        """
+        if self._moment is None:
+            return
+        rows, weights = project_gradient(gradient.detach(), x.detach(), self._moment.shift, self._sign_generator)
+        if self._output_moment is None:
+            self._output_moment = SecondMoment(self._moment.shift)
+        is_finite = rows.isfinite().all(dim=1) & weights.isfinite()
+        self._output_moment.add(rows[is_finite], weights[is_finite].cpu())
 
     def second_moment(self, offset: Tensor) -> Tensor | None:
         """E[(x - offset)(x - offset)^T] over the tokens that are not held out, float64 (channels, channels)."""
-        if self._moment is None or self._shift is None:
-            return None
-        self._add_pending()
-        mean = torch.from_numpy(self._moment_sum / self._moment_count)
-        distance = mean + self._shift.double().cpu() - offset.double()
-        central = self._moment.double().cpu() / self._moment_count
-        return central.sub_(torch.outer(mean, mean)).add_(torch.outer(distance, distance))
+        return None if self._moment is None else self._moment.about(offset)
+
+    def output_moment(self, offset: Tensor) -> Tensor | None:
+        """E[M^T M] of M = sum over a picture's tokens of g (x - offset)^T, float64 (channels, channels)."""
+        return None if self._output_moment is None else self._output_moment.about(offset)
 
     def _sample(self, x: Tensor) -> None:
         """Reservoir sampling by random priorities: the tokens with the largest ones so far stay, in place."""
@@ -153,15 +153,13 @@ class ActivationStats:
         """Everything :meth:`from_tensors` needs, for a checkpoint of the calibration."""
         vectors = [self.channel_sum, self.channel_square_sum, self.channel_minimum, self.channel_maximum]
         assert self.tokens is not None
-        self._add_pending()
         tensors = {
-            "count": torch.tensor([self.token_count, int(self.is_held_out), self._moment_count]),
+            "count": torch.tensor([self.token_count, int(self.is_held_out)]),
             "vectors": torch.from_numpy(np.stack(vectors)),
             "tokens": self.tokens.contiguous(),
         }
-        if self._moment is not None and self._shift is not None:
-            tensors["moment"] = self._moment.cpu()
-            tensors["moment_vectors"] = torch.stack([self._shift.double().cpu(), torch.from_numpy(self._moment_sum)])
+        for name, moment in (("moment", self._moment), ("output_moment", self._output_moment)):
+            tensors |= moment.to_tensors(name) if moment is not None else {}
         return tensors
 
     @classmethod
@@ -169,13 +167,12 @@ class ActivationStats:
         """Statistics to read from; they cannot be updated further."""
         stats = cls(tensors["tokens"].shape[1], len(tensors["tokens"]), seed=0)
         stats.tokens = tensors["tokens"]
-        stats.token_count, stats.is_held_out, stats._moment_count = (int(n) for n in tensors["count"])
+        stats.token_count, stats.is_held_out = (int(n) for n in tensors["count"])
         stats.channel_sum, stats.channel_square_sum, stats.channel_minimum, stats.channel_maximum = (
             tensors["vectors"].numpy().copy()
         )
-        if "moment" in tensors:
-            shift, moment_sum = tensors["moment_vectors"]
-            stats._moment, stats._shift, stats._moment_sum = tensors["moment"], shift.float(), moment_sum.numpy().copy()
+        stats._moment = SecondMoment.from_tensors(tensors, "moment")
+        stats._output_moment = SecondMoment.from_tensors(tensors, "output_moment")
         return stats
 
 
@@ -196,6 +193,7 @@ class Observer:
         seed: seed of the token choice.
         moment_bytes: memory for second moments, given to the inputs in the order in which they are first seen.
         held_out_every: if not 0, every so many calls of the module one is held out.
+        gradient_every: if not 0, every so many calls of the module one is differentiated, unless it is held out.
 
     Attributes:
         is_held_out: set while what runs shall be held out from the second moments.
@@ -209,8 +207,11 @@ class Observer:
         seed: int,
         moment_bytes: int = 0,
         held_out_every: int = 0,
+        gradient_every: int = 0,
     ) -> None:
         self._module, self._held_out_every, self._calls = module, held_out_every, 0
+        self._gradient_every, self._is_differentiating, self._gradient_calls = gradient_every, False, 0
+        self._generator = torch.Generator().manual_seed(seed)
         self._layers = {name: module.get_submodule(name) for name in names}
         self._reservoir_size, self._seed, self._moment_bytes_left = reservoir_size, seed, moment_bytes
         self.is_held_out = False
@@ -219,27 +220,68 @@ class Observer:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def _count_call(self, *_: object) -> None:
-        self.is_held_out = self._calls % self._held_out_every == self._held_out_every - 1
-        self._calls += 1
+        if not self._is_differentiating:
+            self.is_held_out = self._calls % self._held_out_every == self._held_out_every - 1
+            self._calls += 1
 
     def __enter__(self) -> "Observer":
         if self._held_out_every:
             self._handles.append(self._module.register_forward_pre_hook(self._count_call))
         for name, layer in self._layers.items():
             self._handles.append(
-                layer.register_forward_pre_hook(
-                    lambda _, arguments, keywords, name=name: self._observe(
-                        name, arguments[0] if arguments else keywords["input"]
+                layer.register_forward_hook(
+                    lambda _, arguments, keywords, y, name=name: self._see(
+                        name, arguments[0] if arguments else keywords["input"], y
                     ),
                     with_kwargs=True,
                 )
             )
+        if self._gradient_every:
+            self._handles.append(self._module.register_forward_hook(self._differentiate, with_kwargs=True))
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._last = [], None
+
+    def _see(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
+        if not self._is_differentiating:
+            self._observe(name, x)
+        elif torch.is_grad_enabled() and x.ndim > 2 and name in self._group_of:
+            y = y if y.requires_grad else y.detach().requires_grad_()
+            return Tap.apply(y, x, self._group_of[name].stats.add_gradient)
+        return None
+
+    def _differentiate(self, module: nn.Module, arguments: tuple, keywords: dict, _: object) -> None:
+        """Run a call again, and see how a random projection of its output depends on the layers' outputs."""
+        if self._is_differentiating or self.is_held_out or not self._gradient_every:
+            return
+        self._gradient_calls += 1
+        if self._gradient_calls % self._gradient_every != 0:
+            return
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._is_differentiating = True
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            with torch.enable_grad(), recomputed_activations(module):
+                output = _first_float(module(*arguments, **keywords))
+                if output is not None and output.requires_grad:
+                    projection = torch.randn(output.shape, generator=self._generator)
+                    (output.float() * projection.to(output.device)).sum().backward()
+        except RuntimeError as error:  # an operator without a derivative, or too little memory: input moments must do
+            self._gradient_every = 0
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(
+                f"lrqdit: {type(module).__name__} cannot be differentiated here ({reason}); rounding will weigh all "
+                "tokens alike",
+                stacklevel=2,
+            )
+        finally:
+            self._is_differentiating = False
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def _observe(self, name: str, x: Tensor) -> None:
         if x.numel() == 0:
@@ -254,7 +296,7 @@ class Observer:
             return
         if group is None:
             seed = self._seed * 1_000_003 + len(self._group_of)
-            moment_bytes = 4 * x.shape[-1] ** 2
+            moment_bytes = (8 if self._gradient_every else 4) * x.shape[-1] ** 2
             has_moment = x.shape[-1] <= MAX_MOMENT_WIDTH and moment_bytes <= self._moment_bytes_left
             self._moment_bytes_left -= moment_bytes if has_moment else 0
             group = InputGroup([name], ActivationStats(x.shape[-1], self._reservoir_size, seed, has_moment))
@@ -287,3 +329,25 @@ class Observer:
                     "model in a wider dtype (bfloat16 or float32) or check its weights"
                 )
         return groups
+
+
+@contextmanager
+def recomputed_activations(module: nn.Module) -> Iterator[None]:
+    """Inside, a diffusers model keeps the activations of one block at a time and computes the others again."""
+    is_possible = getattr(module, "_supports_gradient_checkpointing", False)
+    if not is_possible or getattr(module, "is_gradient_checkpointing", False):
+        yield
+        return
+    module.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        module.disable_gradient_checkpointing()
+
+
+def _first_float(output: Any) -> Tensor | None:
+    """The first float tensor in what a module returned."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return next((found for part in parts if (found := _first_float(part)) is not None), None)

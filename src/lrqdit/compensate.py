@@ -11,8 +11,9 @@ the columns still to come (GPTQ, arXiv 2210.17323: the optimal brain surgeon's u
 Then each row's scale is set so that the rounded row is as long as the exact one along it in the metric H: rounding to
 centroids shrinks every row a little, and what all layers lose at every step adds up in the picture.
 
-H comes from all calibration tokens (:meth:`lrqdit.calibrate.ActivationStats.second_moment`), at a cost that does not
-depend on their number. The tokens of prompts that were held out decide, per layer, between this and plain rounding.
+S comes from all calibration tokens, at a cost that does not depend on their number; half of it is replaced by the
+moment that weighs tokens by what they do to the model's output (:mod:`lrqdit.moments`), at the same trace. The tokens
+of prompts that were held out decide, per layer, between this and plain rounding.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from lrqdit.codebook import Codebook
 from lrqdit.rotation import single_thread
 
 COLUMNS_PER_BLOCK = 128
+OUTPUT_SHARE = 0.5  # of the moment that weighs tokens by what they do to the output: it is the better one, but noisy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,9 @@ def measure_curvature(
     moment = stats.second_moment(offset)
     if moment is None:
         return None
+    weighted = stats.output_moment(offset)
+    if weighted is not None and float(weighted.trace()) > 0:
+        moment.lerp_(weighted * (moment.trace() / weighted.trace()), OUTPUT_SHARE)
     exact = transform.apply(stats.tokens)
     seen = exact
     if activation_bits < 16:

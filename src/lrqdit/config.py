@@ -45,6 +45,7 @@ TABLE_SCOPES = ("layer", "row")
 CODINGS = ("auto", "scalar", "trellis")
 TOKEN_LEVEL_POLICIES = ("auto", "uniform", "normal")
 ROUNDING_POLICIES = ("nearest", "compensated")
+HESSIANS = ("output", "input")
 _KINDS: dict[str, Any] = {
     "codebook": str,
     "rotation_threshold": (int, float),
@@ -82,6 +83,8 @@ class QuantizationConfig:
         token_levels: of 4-bit activations: ``uniform``, ``normal`` (Lloyd-Max levels of a Gaussian) or ``auto`` (the
             smaller measured error); other activations are uniform.
         rounding: ``nearest``, or ``compensated`` (GPTQ where it lowers a layer's error on held-out prompts).
+        hessian: what compensation minimizes: the change of the model's ``output``, to first order, which runs and
+            differentiates every second call of the calibration once more, or of each layer's output (``input``).
         damping: of the compensation's Hessian, relative to its mean diagonal.
         moment_gib: memory for second moments of layer inputs, in GiB; layers that find none left round plainly.
         keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).
@@ -107,6 +110,7 @@ class QuantizationConfig:
     is_clipped: bool = True
     token_levels: str = "auto"
     rounding: str = "compensated"
+    hessian: str = "output"
     damping: float = 0.03
     moment_gib: float = 16.0
     keep_bits: int = 8
@@ -131,6 +135,7 @@ class QuantizationConfig:
         _check_choice("smoothing", self.smoothing, SMOOTHING_POLICIES)
         _check_choice("token_levels", self.token_levels, TOKEN_LEVEL_POLICIES)
         _check_choice("rounding", self.rounding, ROUNDING_POLICIES)
+        _check_choice("hessian", self.hessian, HESSIANS)
         _check_choice("keep_bits", self.keep_bits, (8, 16))
         if self.coding == "trellis" and (self.table_scope != "layer" or self.codebook == "minmax"):
             raise ConfigError(

@@ -25,6 +25,7 @@ from lrqdit.errors import ConfigError, ModelError
 from lrqdit.fit import GroupReport, check_finite, choose_transform, data_free_transform, keep_at_8_bits, quantize_linear
 from lrqdit.linear import QuantLinear
 
+GRADIENT_EVERY = 2  # calls of a module that are not held out
 HELD_OUT_EVERY = 8  # prompts, or calls of a module that a forward loop of the caller's runs
 
 
@@ -235,8 +236,8 @@ def observe(
     """Run a model once and return the statistics of its layers' inputs, by name of the module; it stays as it is.
 
     Arguments and errors as for :func:`quantize`, whose ``calibration`` the result is. Of the preset only ``seed``,
-    ``calibration_tokens``, ``moment_gib``, ``rounding`` and ``exclude`` matter here. ``batch_size`` prompts run
-    together, which small models are faster with. Every eighth batch is held out (the last one of four to seven);
+    ``calibration_tokens``, ``moment_gib``, ``rounding``, ``hessian`` and ``exclude`` matter here. ``batch_size`` prompts
+    run together, which small models are faster with. Every eighth batch is held out (the last one of four to seven);
     without prompts, every eighth call of the module.
     """
     config = _build_config(preset, settings)
@@ -244,10 +245,11 @@ def observe(
     held_out_every = HELD_OUT_EVERY if forward_loop is not None else 0
     selections = {name: models.select_layers(module, config.exclude) for name, module in modules.items()}
     moment_bytes = int(config.moment_gib * 2**30) if config.rounding == "compensated" else 0
+    has_gradients = config.rounding == "compensated" and config.hessian == "output"
     observers = {
         name: Observer(
             module, selections[name].quantized + selections[name].weight_only, config.calibration_tokens, config.seed,
-            moment_bytes // len(modules), held_out_every,
+            moment_bytes // len(modules), held_out_every, GRADIENT_EVERY if has_gradients else 0,
         )
         for name, module in modules.items()
     }  # fmt: skip
