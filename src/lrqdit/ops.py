@@ -12,12 +12,14 @@ implementations here run on every device; a kernel registers itself for one disp
 integer part exactly, the rest to float rounding.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from lrqdit import activation
 from lrqdit.packing import unpack
-from lrqdit.rotation import Rotation
+from lrqdit.rotation import MIN_ROWS, Rotation
 
 _TRANSFORM = (
     "Tensor x, Tensor? input_offset, Tensor? input_scale, str rotation, int[] factors, "
@@ -25,6 +27,7 @@ _TRANSFORM = (
 )
 _WEIGHT = "Tensor packed, Tensor? table, Tensor row_scale, Tensor? bias, int bits, ScalarType out_dtype"
 ROWS_PER_CHUNK = 2048
+CACHE_BYTES = 2 << 20
 
 LIBRARY = torch.library.Library("lrqdit", "DEF")
 LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
@@ -64,23 +67,51 @@ def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     return sum((part.int() for part in parts), torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device))
 
 
+def parts_in_cache(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of equally many rows in parts of so many that a processor's cache keeps them through several passes, as
+    float32 of this width; on a GPU all at once."""
+    is_cpu = tensors[0].device.type == "cpu"
+    rows = max(MIN_ROWS, CACHE_BYTES // (4 * width)) if is_cpu else max(1, len(tensors[0]))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _transform(
+    width, input_offset, input_scale, rotation, factors, block1, permutation, block2
+) -> activation.InputTransform:
+    parts = Rotation(rotation, width, tuple(factors), None, block1, block2, permutation)
+    return activation.InputTransform(parts, input_offset, input_scale)
+
+
 def reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
-    parts = Rotation(rotation, x.shape[-1], tuple(factors), None, block1, block2, permutation)
-    x = x.clone() if rotation == "none" else x  # an operator must not return its input
-    return activation.InputTransform(parts, input_offset, input_scale).apply(x)
+    width, out = x.shape[-1], torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    for tokens, to in parts_in_cache(width, x, out):
+        to.copy_(transform.apply(tokens))
+    return out
 
 
 def reference_quantize_tokens(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"
 ) -> tuple[Tensor, Tensor]:
-    x = reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    return activation.quantize_tokens(x.contiguous(), bits, clip, levels)
+    width, codes = x.shape[-1], torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
+    transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    for tokens, *to in parts_in_cache(width, x, codes, scale):
+        for part, found in zip(
+            to, activation.quantize_tokens(transform.apply(tokens), bits, clip, levels), strict=True
+        ):
+            part.copy_(found)
+    return codes, scale
 
 
 def reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:
     weight = decode_weight(packed, table, codes.shape[1], row_scale.shape[0], bits)
-    y = integer_matmul(codes, weight).float().mul_(row_scale).mul_(scale[:, None])
-    return (y if bias is None else y.add_(bias)).to(out_dtype)
+    sums = integer_matmul(codes, weight)
+    out = torch.empty(sums.shape, dtype=out_dtype, device=sums.device)
+    for part, step, to in parts_in_cache(len(weight), sums, scale, out):
+        y = part.float().mul_(row_scale).mul_(step[:, None])
+        to.copy_(y if bias is None else y.add_(bias))
+    return out
 
 
 def reference_weight_only_linear(
