@@ -41,6 +41,8 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
 
     ``table`` is int8 (1 or out_features, 2**bits); None stands for 8-bit codes, whose value is code - 128.
     """
+    if bits == 4 and table is not None and len(table) == 1:
+        return _decode_nibbles(packed, table[0])[:out_features, :in_features].contiguous()
     codes = unpack(packed, out_features, in_features, bits)
     if table is None:
         return (codes.int() - 128).to(torch.int8)
@@ -52,6 +54,25 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
             for t, chunk in zip(table.split(ROWS_PER_CHUNK), codes.split(ROWS_PER_CHUNK), strict=True)
         ]
     )
+
+
+def _decode_nibbles(packed: Tensor, table: Tensor) -> Tensor:
+    """4-bit codes of one table for all -> int8 weights of whole tiles, several times as fast as code by code.
+
+    Two bytes are an index into the 65536 pairs of levels, of their low halves and of their high ones: rows 4 j + 2 q
+    and the next, columns k and k + 1 (see packing.py).
+    """
+    out_tiles, in_tiles, _ = packed.shape
+    weight = torch.empty(out_tiles, 4, 2, 2, in_tiles, 2, dtype=torch.int64, device=packed.device)  # of 8 bytes each
+    halves = table.short().repeat(16), table.short().repeat_interleave(16)  # of every byte
+    pairs = [((half & 255) | (half[:, None] << 8)).view(1, -1) for half in halves]
+    tiles = 8 + CACHE_BYTES // (256 * in_tiles)
+    for part, to in zip(packed.split(tiles), weight.split(tiles), strict=True):
+        index = part.view(torch.uint16).view(len(part), -1).long()
+        for i, levels in enumerate(pairs):
+            found = levels.expand(len(part), -1).gather(1, index).view(torch.int64)
+            to[:, :, :, i] = found.view(len(part), in_tiles, 2, 4, 2).permute(0, 3, 2, 1, 4)
+    return weight.view(torch.int8).view(16 * out_tiles, 16 * in_tiles)
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
