@@ -92,7 +92,7 @@ def parts_in_cache(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]
     """Tensors of equally many rows in parts of so many that a processor's cache keeps them through several passes, as
     float32 of this width; on a GPU all at once."""
     is_cpu = tensors[0].device.type == "cpu"
-    rows = max(MIN_ROWS, CACHE_BYTES // (4 * width)) if is_cpu else max(1, len(tensors[0]))
+    rows = max(MIN_ROWS, CACHE_BYTES // (4 * width) // MIN_ROWS * MIN_ROWS) if is_cpu else max(1, len(tensors[0]))
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
