@@ -299,12 +299,14 @@ inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t
 inline int64_t repeat_dots(int64_t iterations) {
     Sums acc[TOKENS][VECTORS];
     alignas(64) uint8_t weights[VECTORS * LANES * STEP * ELEMENT] = {};
+    int32_t tokens[TOKENS] = {};
     unroll<TOKENS>([&](auto m) LRQ_LAMBDA { unroll<VECTORS>([&](auto v) LRQ_LAMBDA { acc[m][v] = splat_sums(m); }); });
     for (int64_t i = 0; i < iterations; ++i) {
-        __asm__ volatile("" : : "r"(weights) : "memory");  // nothing is known about the weights: no step is skipped
+        // nothing is known about the operands: no step is skipped
+        __asm__ volatile("" : : "r"(weights), "r"(tokens) : "memory");
         unroll<TOKENS>([&](auto m) LRQ_LAMBDA {
             unroll<VECTORS>([&](auto v) LRQ_LAMBDA {
-                acc[m][v] = dot(acc[m][v], weights + v * (LANES * STEP * ELEMENT), static_cast<int32_t>(i + m));
+                acc[m][v] = dot(acc[m][v], weights + v * (LANES * STEP * ELEMENT), tokens[m]);
             });
         });
     }
