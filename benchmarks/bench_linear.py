@@ -7,6 +7,10 @@ rotation and quantization of its input. torchao, onnxruntime and OpenVINO take p
 its fastest setting known to us; they run by themselves after the others, because their waiting threads slow whoever
 comes next.
 
+Caches: each timed call follows an untimed one of the same contender, so that all find their own weights in the caches
+as far as they fit, whoever ran before. Below 1024 tokens this decides, so the other end is measured, too: before each
+"cold" call more memory than the last cache holds is written, which drives out everything, the interpreter included.
+
 Output buffers: a fresh large block costs page faults that every library pays alike. By default malloc is told to keep
 and reuse freed memory (glibc only), for all contenders; --fresh-buffers leaves it alone.
 """
@@ -32,6 +36,8 @@ SHAPES = {
     "flux": [(1536, 3072, 3072), (1536, 3072, 12288), (1536, 12288, 3072)],
     "small": [(1, 1152, 6912), (8, 1152, 1152), (120, 1152, 1152)],
 }
+FEW_TOKENS = 1024  # below, what is in the caches decides
+FLUSH_BYTES = 256 << 20  # more than a last cache holds
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 
 
@@ -131,14 +137,16 @@ PEERS = {
 }
 
 
-def measure(contenders: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """Median time of each, in turns."""
+def measure(contenders: dict[str, Callable], seconds: float, is_cold: bool = False) -> dict[str, float]:
+    """Median time of each, in turns, after an untimed call of the same contender or with cold caches."""
+    other = torch.zeros(FLUSH_BYTES if is_cold else 0, dtype=torch.uint8)
     for call in contenders.values():
         call(), call()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
         for name, call in contenders.items():
+            other.add_(1) if is_cold else call()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
@@ -164,6 +172,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
     contenders[f"  prologue of {presets[0]}"] = lambda: first.quantize_input(x)
     with torch.no_grad():
         times = measure(contenders, seconds)
+        cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
         peak = native.measure_peak() if native.LIBRARY is not None else math.nan
         # a peer's own threads spin after each call and slow whatever comes next: each gets a round by itself
         ratios = {}
@@ -178,7 +187,11 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
     print(f"\nM, K, N = {rows}, {in_features}, {out_features}; rotation {first.format.rotation} {first.format.factors}")
     base = times["bfloat16 F.linear"]
     for name, seconds_each in times.items():
-        print(f"  {name:<52}{seconds_each * 1e3:10.3f} ms   {base / seconds_each:6.2f} x bfloat16")
+        line = f"  {name:<52}{seconds_each * 1e3:10.3f} ms   {base / seconds_each:6.2f} x bfloat16"
+        print(
+            line
+            + (f"   cold {cold[name] * 1e3:10.3f} ms {cold['bfloat16 F.linear'] / cold[name]:6.2f} x" if cold else "")
+        )
     for name, ratio in ratios.items():
         print(f"  {presets[0]} over {name:<48}{ratio:6.2f} x")
     results = []
@@ -191,6 +204,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
                 "rotation": ours[preset].format.rotation,
                 "factors": list(ours[preset].format.factors),
                 "ratio_to_bf16": base / whole,
+                "cold_ratio_to_bf16": cold["bfloat16 F.linear"] / cold[f"ours {preset}"] if cold else None,
                 "ratio_to_fp32": times["float32 F.linear"] / whole,
                 "time_over_int_mm": whole / times["torch._int_mm alone"],
                 "prologue_share": times[f"  prologue of {presets[0]}"] / whole,

@@ -35,10 +35,11 @@ LRQ_INLINE void finish(const lrq_weight &w, const Value *sums, int64_t stride, c
 }
 
 // ROWS tokens (stride bytes apart) times T tiles of channels over `steps` steps -> sums (ROWS, 16 * T), on top of what is
-// there, or of one start per token. `next` is fetched into the second cache on the way, `advance` bytes per step.
+// there, or of one start per token. Two streams are fetched into the second cache on the way, `advance` bytes per step:
+// from `next`, and from `gap` bytes behind.
 template <int ROWS, int T>
 inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
-                           const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t advance) {
+                           const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t gap, int64_t advance) {
     constexpr int V = T * 16 / LANES;
     Sums acc[ROWS][V];
     unroll<ROWS>([&](auto m) LRQ_LAMBDA {
@@ -48,6 +49,7 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
     });
     for (int64_t k = 0; k < steps; ++k) {
         __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(next + gap, 0, 2);
         next += advance;
         unroll<ROWS>([&](auto m) LRQ_LAMBDA {
             const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
@@ -62,11 +64,12 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
 
 template <int T>
 inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
-                          const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t advance) {
+                          const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t gap, int64_t advance) {
     switch (rows) {
 #define LRQ_CASE(R)                                                                              \
     case R:                                                                                      \
-        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, next, advance); \
+        if constexpr (R <= TOKENS)                                                               \
+            multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, next, gap, advance); \
         break;
         LRQ_CASE(1)
         LRQ_CASE(2)
@@ -81,14 +84,17 @@ inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, con
 }
 
 inline void multiply(int64_t tiles, int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens,
-                     int64_t stride, const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t advance) {
+                     int64_t stride, const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t gap,
+                     int64_t advance) {
     switch (tiles) {
-        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums, next, advance);
+        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums, next, gap, advance);
         case 2:
-            if constexpr (TILES >= 2) multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums, next, advance);
+            if constexpr (TILES >= 2)
+                multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums, next, gap, advance);
             return;
         default:
-            if constexpr (TILES >= 3) multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums, next, advance);
+            if constexpr (TILES >= 3)
+                multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums, next, gap, advance);
     }
 }
 
@@ -174,6 +180,10 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
             starts[m] = IS_BIASED ? -128 * sum_codes(tokens + m * width, width) : 0;
         // partial sums are kept only where the panel covers a part of the inputs at a time
         int32_t *partial = nullptr;
+        // the streams fetched during a block of channels: two rows of the next tokens, or two parts of them where
+        // they are contiguous
+        const int64_t gap = s.splits > 1 ? width : TOKENS * width / (2 * blocks);
+        const int64_t advance = s.splits > 1 ? STEP : TOKENS * STEP / (2 * blocks);
         if (s.splits > 1)
             partial = static_cast<int32_t *>(scratch(SLOT_PARTIAL, sizeof(int32_t) * count * blocks * BLOCK_CHANNELS));
         for (int64_t split = 0; split < s.splits; ++split) {
@@ -202,15 +212,14 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                 }
                 // the next tokens' codes are fetched while this block's panels pass
                 const uint8_t *next = reinterpret_cast<const uint8_t *>(m + TOKENS < count ? block + TOKENS * width : block);
-                const int64_t advance = TOKENS * STEP / blocks;
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
                     const int64_t channels = 16 * tiles;
                     alignas(64) int32_t local[TOKENS * BLOCK_CHANNELS];
                     int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local;
                     multiply(tiles, block_rows, panel + b * block_bytes, steps, block_tokens, stride,
-                             split == 0 ? starts + m : nullptr, sums, next, advance);
-                    next += advance * steps;
+                             split == 0 ? starts + m : nullptr, sums, next, gap, advance);
+                    next += 2 * gap;
                     if (split < s.splits - 1) continue;
                     for (int64_t n = 0; n < channels; n += WIDTH)
                         finish(w, sums + n, channels, scale + first + m, first + m, block_rows, 16 * tile + n, out_type,
@@ -292,12 +301,14 @@ inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t
 inline int64_t repeat_dots(int64_t iterations) {
     Sums acc[TOKENS][VECTORS];
     alignas(64) uint8_t weights[VECTORS * LANES * STEP * ELEMENT] = {};
+    int32_t tokens[TOKENS] = {};
     unroll<TOKENS>([&](auto m) LRQ_LAMBDA { unroll<VECTORS>([&](auto v) LRQ_LAMBDA { acc[m][v] = splat_sums(m); }); });
     for (int64_t i = 0; i < iterations; ++i) {
-        __asm__ volatile("" : : "r"(weights) : "memory");  // nothing is known about the weights: no step is skipped
+        // nothing is known about the operands: no step is skipped
+        __asm__ volatile("" : : "r"(weights), "r"(tokens) : "memory");
         unroll<TOKENS>([&](auto m) LRQ_LAMBDA {
             unroll<VECTORS>([&](auto v) LRQ_LAMBDA {
-                acc[m][v] = dot(acc[m][v], weights + v * (LANES * STEP * ELEMENT), static_cast<int32_t>(i + m));
+                acc[m][v] = dot(acc[m][v], weights + v * (LANES * STEP * ELEMENT), tokens[m]);
             });
         });
     }

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lrqdit import ops
 from lrqdit.activation import InputTransform
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ModelError
 from lrqdit.fit import quantize_linear
-from lrqdit.linear import LinearFormat, QuantLinear
+from lrqdit.linear import LinearFormat, QuantLinear, SharedInput
 from lrqdit.rotation import ROTATIONS, Rotation, build
 
 WIDTH, OUT = 32, 24
@@ -63,13 +62,13 @@ def run_apart(block, x):
 
 @pytest.fixture
 def count_quantizations(monkeypatch):
-    calls, original = [], ops.quantize_tokens
+    calls, original = [], SharedInput.put
 
-    def counted(*arguments):
-        calls.append(arguments[0])
-        return original(*arguments)
+    def counted(self, x, *codes):
+        calls.append(x)
+        return original(self, x, *codes)
 
-    monkeypatch.setattr(ops, "quantize_tokens", counted)
+    monkeypatch.setattr(SharedInput, "put", counted)
     return calls
 
 

@@ -7,16 +7,20 @@ import shutil
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 import lrqdit
 from lrqdit import kernels, native, ops, rotation
-from lrqdit.activation import normal_lookup
+from lrqdit.activation import InputTransform, normal_lookup
 from lrqdit.errors import KernelError
 from lrqdit.linear import LinearFormat, QuantLinear
 from lrqdit.packing import pack, packed_shape
@@ -481,15 +485,145 @@ def test_no_unpacked_copy(activation_bits):
 
 
 def test_shared_inputs_are_quantized_once(monkeypatch):
-    calls = []
-    kernel = ops.quantize_tokens
-    monkeypatch.setattr(ops, "quantize_tokens", lambda *arguments: calls.append(0) or kernel(*arguments))
+    calls, call = [], native.call_plain
+    monkeypatch.setattr(native, "call_plain", lambda name, *arguments: calls.append(name) or call(name, *arguments))
     q, k, v = layers = [random_layer(20, 24, 4) for _ in range(3)]
     k.share_input(q), v.share_input(q)
     x = random(2, 5, 24)
-    alone = [ops.quantized_linear(*kernel(x.view(-1, 24), *q._input_arguments(), 8, 1.0), layer.packed, layer.table,
-                                  layer.row_scale, layer.bias, 4, torch.float32) for layer in layers]  # fmt: skip
+    arguments = x.view(-1, 24), *q._input_arguments(), 8, 1.0
+    alone = [
+        ops.quantized_linear(*ops.quantize_tokens(*arguments), *layer._weight_arguments(), torch.float32)
+        for layer in layers
+    ]
+    calls.clear()
     for _ in range(2):
         for layer, expected in zip(layers, alone, strict=True):
             assert torch.equal(layer(x).view(-1, 20), expected)
-    assert len(calls) == 2
+    assert calls.count("lrq_quantize_tokens") == 2 and len(calls) == 8
+
+
+def by_operators(layer, x):
+    """The layer's output by way of the dispatcher."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "is_plain", lambda tensor: False)
+        return layer(x)
+
+
+@pytest.fixture
+def count_operators(monkeypatch):
+    calls = []
+    for name in ("quantize_tokens", "quantized_linear", "weight_only_linear"):
+        operator = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *arguments, call=operator: calls.append(0) or call(*arguments))
+    return calls
+
+
+def fill_randomly(layer, kind, seed=0):
+    width, out_features = layer.in_features, layer.out_features
+    _, table, row_scale, bias, bits = random_weight(out_features, width, layer.format.weight_bits, False, seed=seed)
+    offset, scale, _, factors, block1, permutation, block2 = transform_arguments(kind, width, seed)
+    codes = torch.randint(0, 1 << bits, (out_features, width), generator=torch.Generator().manual_seed(seed))
+    plain = rotation.Rotation(kind, width, tuple(factors), None, block1, block2, permutation)
+    return layer.fill(codes.to(torch.uint8), table, row_scale, bias, InputTransform(plain, offset, scale))
+
+
+def filled_layer(kind="hadamard", bits=4, activation_bits=8, levels="uniform", seed=0):
+    factors, table_rows = tuple(rotation.build(24, kind).factors), int(bits < 8)
+    rest = dict(clip=0.9, token_levels=levels, has_offset=True, has_scale=True)
+    layer = QuantLinear(LinearFormat(24, 20, bits, activation_bits, "uniform", table_rows, kind, factors, **rest))
+    return fill_randomly(layer, kind, seed)
+
+
+@pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
+@pytest.mark.parametrize(
+    ("bits", "activation_bits", "levels"), [(4, 8, "uniform"), (8, 4, "normal"), (3, 16, "uniform")]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_give_the_bits_of_the_operators(kind, bits, activation_bits, levels, dtype, count_operators):
+    layer = filled_layer(kind, bits, activation_bits, levels)
+    for shape in ((24,), (1, 24), (2, 3, 24), (0, 24), (2, 0, 24)):
+        x = random(*shape).to(dtype)
+        count_operators.clear()
+        y = layer(x)
+        assert bool(count_operators) == (dtype == torch.float64)
+        expected = by_operators(layer, x)
+        assert y.dtype == dtype and y.shape == expected.shape and torch.equal(y, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = random(5, 24)
+        assert torch.equal(layer(x), by_operators(layer, x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer, other: layer.load_state_dict(other.state_dict()),
+        lambda layer, other: layer.load_state_dict(other.state_dict(), assign=True),
+        lambda layer, other: [setattr(layer, name, b.clone()) for name, b in other.named_buffers()],
+        lambda layer, other: [setattr(b, "data", other.get_buffer(name).clone()) for name, b in layer.named_buffers()],
+        lambda layer, other: [b.set_(other.get_buffer(name).clone()) for name, b in layer.named_buffers()],
+        lambda layer, other: [b.copy_(other.get_buffer(name)) for name, b in layer.named_buffers()],
+        lambda layer, other: layer.to("meta").to_empty(device="cpu").load_state_dict(other.state_dict()),
+    ],
+)
+def test_replaced_buffers_are_noticed(change, count_operators):
+    layer, other, x = filled_layer(), filled_layer(seed=1), random(5, 24)
+    before, expected = layer(x), other(x)
+    change(layer, other)
+    assert torch.equal(layer(x), expected) and not torch.equal(before, expected)
+    assert not count_operators
+
+
+def test_unsound_buffers_are_refused():
+    layer, x = filled_layer(), random(5, 24)
+    layer(x)
+    layer.row_scale_bits = layer.row_scale_bits[:-1]
+    with pytest.raises(KernelError, match="bias is"):
+        layer(x)
+
+
+def test_buffers_are_not_kept_alive():
+    layer = filled_layer()
+    layer(random(5, 24))
+    packed = weakref.ref(layer.packed)
+    layer.to("meta")
+    gc.collect()
+    assert packed() is None
+
+
+def test_threads_share_a_layer():
+    layer, inputs = filled_layer(), [random(rows, 24, seed=rows) for rows in range(1, 9)] * 20
+    expected = [layer(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(layer, inputs), expected))
+
+
+class Watch(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_is_not_plain(count_operators):
+    x, answers = random(4, 24), []
+
+    def note(tensor):
+        answers.append(kernels.is_plain(tensor))
+        return tensor
+
+    assert kernels.is_plain(x) and kernels.is_plain(x[1:3]) and kernels.is_plain(x.clone().requires_grad_())
+    with torch.inference_mode():
+        assert kernels.is_plain(x) and kernels.is_plain(x.clone())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        note(x), note(mode.from_tensor(x))
+    with Watch():
+        note(x)
+    torch.func.vmap(note)(x), torch.func.jvp(note, (x,), (x,)), torch.func.functionalize(note)(x)
+    torch.jit.trace(lambda tensor: note(tensor) + 1, x, check_trace=False)
+    negative = torch.view_as_complex(random(4, 24, 2)).conj().imag
+    for tensor in (x.to("meta"), x.t(), torch.nn.Parameter(x), x.to_sparse(), negative, negative.contiguous().t()):
+        note(tensor)
+    make_fx(note)(x)
+    assert len(answers) == 14 and not any(answers)
+    count_operators.clear()
+    make_fx(filled_layer())(x)
+    assert len(count_operators) == 2

@@ -130,3 +130,16 @@ def test_decode_of_many_rows(monkeypatch):
     weight, dense = random_weight(40, 16, 3, "N")
     monkeypatch.setattr(ops, "ROWS_PER_CHUNK", 16)
     assert torch.equal(ops.decode_weight(weight[0], weight[1], 16, 40, 3).long(), dense)
+
+
+@pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
+def test_parts_in_cache_give_the_bits_of_the_whole(kind, monkeypatch):
+    x, (weight, _) = random(75, 96), random_weight(150, 96, 4, "1")
+    results = []
+    for size in (1, 1 << 30):
+        monkeypatch.setattr(ops, "CACHE_BYTES", size)
+        arguments = x, *transform_arguments(kind, 96)
+        codes, scale = ops.reference_quantize_tokens(*arguments, 8, 0.9)
+        y = ops.reference_quantized_linear(codes, scale, *weight, torch.bfloat16)
+        results.append((ops.reference_apply_transform(*arguments), codes, scale, y))
+    assert all(map(torch.equal, *results))

@@ -101,7 +101,7 @@ def quantize_tokens(x: Tensor, bits: int, clip: float = 1.0, levels: str = "unif
     """
     if levels == "normal":
         codes, scale = quantize_tokens(x, 8, clip)
-        return normal_lookup().to(x.device)[codes.int() + 128], scale
+        return normal_lookup().to(x.device).expand(len(x), -1).gather(1, codes.long() + 128), scale
     largest = float(2 ** (bits - 1) - 1)
     scale = x.abs().amax(dim=-1) * (clip / largest)
     inverse = torch.where(scale > torch.finfo(torch.float32).tiny, 1.0 / scale, torch.zeros_like(scale))

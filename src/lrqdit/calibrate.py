@@ -5,7 +5,8 @@ Memory does not grow with the number of steps: per layer input five vectors of i
 moments of the centred input, (width, width): see :mod:`lrqdit.moments`. For the one that weighs tokens by what they do
 to the model's output, some of the model's calls are run a second time and differentiated.
 
-Layers that are given the very same tensor one after the other (q, k and v; FLUX's proj_mlp beside them) form one group, observed once.
+Layers that are given the very same tensor one after the other (q, k and v; FLUX's proj_mlp beside them) form one group,
+observed once.
 
 **Hold-out.** What a layer's rounding is fitted to must not judge it. While ``Observer.is_held_out`` is set, tokens
 enter the reservoir and not the second moment; otherwise the other way round (unless nothing is held out at all).

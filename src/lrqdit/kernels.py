@@ -1,7 +1,12 @@
-"""The native kernels of the operators in ops.py, registered for the "CPU" key if there is a native library."""
+"""The native kernels of the operators in ops.py, registered for the "CPU" key if there is a native library.
+
+A layer that computes at once, on plain CPU tensors, calls the same kernels by :class:`LayerCalls`.
+"""
 
 import ctypes
 import functools
+import operator
+import weakref
 from typing import Any
 
 import torch
@@ -71,47 +76,67 @@ class _TransformCall:
 def apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
     """x~ = ((x - offset) * scale) R, float32 (rows, width), of a CPU tensor x (rows, width)."""
     call = _TransformCall(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    out = torch.empty(x.shape, dtype=torch.float32)
-    native.call("lrq_apply_transform", call.structure, torch.get_num_threads(), out)
+    return _apply(call.structure)
+
+
+def _apply(transform: native.Transform) -> Tensor:
+    out = torch.empty(transform.rows, transform.width, dtype=torch.float32)
+    native.call_plain("lrq_apply_transform", transform, torch.get_num_threads(), out.data_ptr())
     return out
+
+
+def _quantize(transform: native.Transform, bits: int, clip: float, levels: str) -> tuple[Tensor, Tensor]:
+    rows, width = transform.rows, transform.width
+    codes, scale = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
+    bits, lookup = (8, normal_lookup().data_ptr()) if levels == "normal" else (bits, None)
+    last = torch.get_num_threads(), codes.data_ptr(), scale.data_ptr()
+    native.call_plain("lrq_quantize_tokens", transform, bits, clip, lookup, *last)
+    return codes, scale
 
 
 def _quantize_tokens(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"
 ) -> tuple[Tensor, Tensor]:
     call = _TransformCall(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], dtype=torch.float32)
-    bits, lookup = (8, normal_lookup()) if levels == "normal" else (bits, None)
-    native.call("lrq_quantize_tokens", call.structure, bits, clip, lookup, torch.get_num_threads(), codes, scale)
-    return codes, scale
+    return _quantize(call.structure, bits, clip, levels)
 
 
-def _multiply(
-    function: str, x: Tensor, scale: Tensor | None, packed, table, row_scale, bias, bits, out_dtype
-) -> Tensor:
-    (rows, in_features), out_features = x.shape, len(row_scale)
-    table_rows = 0 if table is None else len(table)
-    _require("packed", packed, torch.uint8, *packed_shape(out_features, in_features, bits))
-    is_trellis = ops.has_trellis(table, bits)
-    _require("table", table, torch.int8, 1 if table_rows == 1 else out_features, (2 if is_trellis else 1) << bits)
-    _require("row_scale", row_scale, torch.float32, out_features)
-    _require("bias", bias, torch.float32, out_features)
-    _require("scale", scale, torch.float32, rows)
+class _WeightCall:
+    """The C structure of a weight, and everything it points to, alive."""
+
+    def __init__(self, in_features: int, packed, table, row_scale, bias, bits) -> None:
+        out_features, table_rows = len(row_scale), 0 if table is None else len(table)
+        _require("packed", packed, torch.uint8, *packed_shape(out_features, in_features, bits))
+        is_trellis = ops.has_trellis(table, bits)
+        _require("table", table, torch.int8, 1 if table_rows == 1 else out_features, (2 if is_trellis else 1) << bits)
+        _require("row_scale", row_scale, torch.float32, out_features)
+        _require("bias", bias, torch.float32, out_features)
+        self.kept = [_contiguous(t) for t in (packed, table, row_scale, bias)]
+        shape = out_features, in_features, table_rows, bits, is_trellis
+        self.structure = native.Weight(*map(_address, self.kept), *shape)
+
+
+def _multiply(weight: native.Weight, x: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The product of contiguous tokens, codes with their steps or float32, with a weight."""
+    rows = x.shape[0]
     native_dtype = out_dtype if out_dtype in TYPE_CODES else torch.float32
-    out = torch.empty(rows, out_features, dtype=native_dtype)
-    kept = [_contiguous(t) for t in (packed, table, row_scale, bias, x, scale)]
-    pointers = [_address(t) for t in kept]
-    weight = native.Weight(*pointers[:4], out_features, in_features, table_rows, bits, is_trellis)
-    inputs = pointers[4:5] if scale is None else pointers[4:]
-    native.call(function, weight, rows, *inputs, TYPE_CODES[native_dtype], torch.get_num_threads(), out)
+    out = torch.empty(rows, weight.out_features, dtype=native_dtype)
+    last = TYPE_CODES[native_dtype], torch.get_num_threads(), out.data_ptr()
+    if scale is None:
+        native.call_plain("lrq_weight_only_linear", weight, rows, x.data_ptr(), *last)
+    else:
+        native.call_plain("lrq_quantized_linear", weight, rows, x.data_ptr(), scale.data_ptr(), *last)
     return out if native_dtype == out_dtype else out.to(out_dtype)
 
 
 def _quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:
-    if codes.shape[1] > MAX_IN_FEATURES:
+    rows, in_features = codes.shape
+    if in_features > MAX_IN_FEATURES:
         return ops.reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype)
-    _require("codes", codes, torch.int8, *codes.shape)
-    return _multiply("lrq_quantized_linear", codes, scale, packed, table, row_scale, bias, bits, out_dtype)
+    _require("codes", codes, torch.int8, rows, in_features)
+    _require("scale", scale, torch.float32, rows)
+    call = _WeightCall(in_features, packed, table, row_scale, bias, bits)
+    return _multiply(call.structure, _contiguous(codes), _contiguous(scale), out_dtype)
 
 
 def _weight_only_linear(
@@ -120,7 +145,66 @@ def _weight_only_linear(
 ) -> Tensor:  # fmt: skip
     if rotation != "none" or input_offset is not None or input_scale is not None:
         x = apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    return _multiply("lrq_weight_only_linear", x.float(), None, packed, table, row_scale, bias, bits, out_dtype)
+    call = _WeightCall(x.shape[1], packed, table, row_scale, bias, bits)
+    return _multiply(call.structure, x.float().contiguous(), None, out_dtype)
+
+
+_KEYS = "CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView", "BackendSelect"  # of a plain tensor outside of modes
+_PLAIN = functools.reduce(operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, k)) for k in _KEYS))
+_OTHER_KEYS = ~_PLAIN.raw_repr()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel may read a tensor past torch: on the CPU, contiguous, nothing deferred, and nobody looks on: no
+    compiler, tracer, fake tensor, transform of torch.func or mode."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._len_torch_function_stack():
+        return False
+    keys = torch._C._dispatch_keys(tensor) | torch._C._dispatch_tls_local_include_set()
+    return not keys.raw_repr() & _OTHER_KEYS and tensor.is_contiguous()
+
+
+class LayerCalls:
+    """A layer's calls of the kernels past torch's dispatcher, which takes several times as long as a small product.
+
+    The C structures are filled in once, and again when a buffer is another one or lies elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[weakref.ref, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seen": []}  # copies and pickles leave the addresses behind
+
+    def prepare(self, x: Tensor, layer: Any) -> bool:
+        """Whether the kernels can be called on x."""
+        if native.LIBRARY is None or not is_plain(x) or x.dtype not in TYPE_CODES:
+            return False
+        buffers = layer._buffers.values()
+        if len(self.seen) == len(buffers) and all(
+            [b is seen() and b.data_ptr() == address for b, (seen, address) in zip(buffers, self.seen, strict=True)]
+        ):
+            return True
+        if layer.in_features > MAX_IN_FEATURES or not all(map(is_plain, buffers)):
+            return False
+        self.format = layer.format
+        self.transform = _TransformCall(x.new_empty(0, layer.in_features), *layer._input_arguments()).structure
+        self.weight = _WeightCall(layer.in_features, *layer._weight_arguments()).structure
+        self.seen = [(weakref.ref(b), b.data_ptr()) for b in buffers]
+        return True
+
+    def quantize_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _quantize(self._transform(x), self.format.activation_bits, self.format.clip, self.format.token_levels)
+
+    def quantized_linear(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return _multiply(self.weight, codes, scale, out_dtype)
+
+    def weight_only_linear(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return _multiply(self.weight, _apply(self._transform(x)), None, out_dtype)
+
+    def _transform(self, x: Tensor) -> native.Transform:
+        transform = native.Transform.from_buffer_copy(self.transform)  # another thread may be in here, too
+        transform.x, transform.x_type, transform.rows = x.data_ptr(), TYPE_CODES[x.dtype], x.numel() // transform.width
+        return transform
 
 
 if native.LIBRARY is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrqdit import ops
+from lrqdit import kernels, ops
 from lrqdit.activation import InputTransform
 from lrqdit.config import ACTIVATION_BITS, WEIGHT_BITS
 from lrqdit.errors import CheckpointError, ModelError
@@ -150,6 +150,7 @@ class QuantLinear(nn.Linear):
         self.format = format
         self.in_features, self.out_features = format.in_features, format.out_features
         self.shared_input = SharedInput(1)
+        self.calls = kernels.LayerCalls()
         packed = packed_shape(self.out_features, self.in_features, format.weight_bits)
         self._declare("packed", packed, torch.uint8, device)
         if format.table_rows:
@@ -273,33 +274,49 @@ class QuantLinear(nn.Linear):
             return self._compute(x, torch.get_autocast_dtype(kind))
 
     def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        weight = (
+        is_direct = self.calls.prepare(x, self)
+        if self.format.activation_bits == 16:
+            if is_direct:
+                y = self.calls.weight_only_linear(x, out_dtype)
+            else:
+                tokens = x.reshape(-1, self.in_features)
+                y = ops.weight_only_linear(tokens, *self._input_arguments(), *self._weight_arguments(), out_dtype)
+        else:
+            codes, scale = self._quantize(x, is_direct)
+            if is_direct:
+                y = self.calls.quantized_linear(codes, scale, out_dtype)
+            else:
+                y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 (tokens, in_features) and steps float32 (tokens,) of x (..., in_features)."""
+        return self._quantize(x, self.calls.prepare(x, self))
+
+    def _quantize(self, x: Tensor, is_direct: bool) -> tuple[Tensor, Tensor]:
+        is_eager = not torch.compiler.is_compiling()  # a compiler merges equal calls by itself
+        if is_eager and (found := self.shared_input.get(x)) is not None:
+            return found
+        if is_direct:
+            codes, scale = self.calls.quantize_tokens(x)
+        else:
+            tokens, f = x.reshape(-1, self.in_features), self.format
+            codes, scale = ops.quantize_tokens(
+                tokens, *self._input_arguments(), f.activation_bits, f.clip, f.token_levels
+            )
+        if is_eager:
+            self.shared_input.put(x, codes, scale)
+        return codes, scale
+
+    def _weight_arguments(self) -> tuple:
+        """What the operators want to know of the weight."""
+        return (
             self._buffers["packed"],
             self._buffers.get("table"),
             self._float_view("row_scale_bits", torch.float32),
             self._float_view("bias_bits", torch.float32),
             self.format.weight_bits,
-            out_dtype,
         )
-        if self.format.activation_bits == 16:
-            y = ops.weight_only_linear(x.reshape(-1, self.in_features), *self._input_arguments(), *weight)
-        else:
-            y = ops.quantized_linear(*self.quantize_input(x), *weight)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes int8 (tokens, in_features) and steps float32 (tokens,) of x (..., in_features)."""
-        is_eager = not torch.compiler.is_compiling()  # a compiler merges equal calls by itself
-        if is_eager and (found := self.shared_input.get(x)) is not None:
-            return found
-        tokens = x.reshape(-1, self.in_features)
-        format = self.format
-        codes, scale = ops.quantize_tokens(
-            tokens, *self._input_arguments(), format.activation_bits, format.clip, format.token_levels
-        )
-        if is_eager:
-            self.shared_input.put(x, codes, scale)
-        return codes, scale
 
     def _input_arguments(self) -> tuple:
         """What the operators want to know of :attr:`input_transform`."""

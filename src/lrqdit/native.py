@@ -169,17 +169,20 @@ def call(name: str, *arguments: Any) -> None:
     Raises:
         KernelError: if the function fails.
     """
+    call_plain(name, *map(_convert, arguments))
+
+
+def call_plain(name: str, *arguments: Any) -> None:
+    """:func:`call` with addresses alone."""
     assert LIBRARY is not None
-    if getattr(LIBRARY, name)(*map(_convert, arguments)):
+    if getattr(LIBRARY, name)(*arguments):
         raise KernelError(f"native kernel: {LIBRARY.lrq_last_error().decode()}")
 
 
 def _convert(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    if isinstance(argument, np.ndarray):
-        return argument.ctypes.data
-    return ctypes.byref(argument) if isinstance(argument, ctypes.Structure | ctypes.c_int64) else argument
+    return argument.ctypes.data if isinstance(argument, np.ndarray) else argument
 
 
 def use(name: str) -> None:

@@ -12,12 +12,14 @@ implementations here run on every device; a kernel registers itself for one disp
 integer part exactly, the rest to float rounding.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from lrqdit import activation
 from lrqdit.packing import unpack
-from lrqdit.rotation import Rotation
+from lrqdit.rotation import MIN_ROWS, Rotation
 from lrqdit.trellis import level_index
 
 _TRANSFORM = (
@@ -26,6 +28,7 @@ _TRANSFORM = (
 )
 _WEIGHT = "Tensor packed, Tensor? table, Tensor row_scale, Tensor? bias, int bits, ScalarType out_dtype"
 ROWS_PER_CHUNK = 2048
+CACHE_BYTES = 2 << 20
 
 LIBRARY = torch.library.Library("lrqdit", "DEF")
 LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
@@ -40,6 +43,8 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
     ``table`` is int8 (1 or out_features, 2**bits); None stands for 8-bit codes, whose value is code - 128. A table
     twice as long belongs to a trellis (:mod:`lrqdit.trellis`).
     """
+    if bits == 4 and table is not None and table.shape == (1, 16):
+        return _decode_nibbles(packed, table[0])[:out_features, :in_features].contiguous()
     codes = unpack(packed, out_features, in_features, bits)
     if table is None:
         return (codes.int() - 128).to(torch.int8)
@@ -60,6 +65,25 @@ def has_trellis(table: Tensor | None, bits: int) -> bool:
     return table is not None and table.shape[1] == 2 << bits
 
 
+def _decode_nibbles(packed: Tensor, table: Tensor) -> Tensor:
+    """4-bit codes of one table for all -> int8 weights of whole tiles, several times as fast as code by code.
+
+    Two bytes are an index into the 65536 pairs of levels, of their low halves and of their high ones: rows 4 j + 2 q
+    and the next, columns k and k + 1 (see packing.py).
+    """
+    out_tiles, in_tiles, _ = packed.shape
+    weight = torch.empty(out_tiles, 4, 2, 2, in_tiles, 2, dtype=torch.int64, device=packed.device)  # of 8 bytes each
+    halves = table.short().repeat(16), table.short().repeat_interleave(16)  # of every byte
+    pairs = [((half & 255) | (half[:, None] << 8)).view(1, -1) for half in halves]
+    tiles = 8 + CACHE_BYTES // (256 * in_tiles)
+    for part, to in zip(packed.split(tiles), weight.split(tiles), strict=True):
+        index = part.view(torch.uint16).view(len(part), -1).long()
+        for i, levels in enumerate(pairs):
+            found = levels.expand(len(part), -1).gather(1, index).view(torch.int64)
+            to[:, :, :, i] = found.view(len(part), in_tiles, 2, 4, 2).permute(0, 3, 2, 1, 4)
+    return weight.view(torch.int8).view(16 * out_tiles, 16 * in_tiles)
+
+
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact a b^T of int8 (m, k) and (n, k) -> int32 (m, n), on any device."""
     if a.device.type == "cpu" and a.shape[1] > 1:  # of one column _int_mm reads b with wrong strides (torch 2.13)
@@ -73,23 +97,51 @@ def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     return sum((part.int() for part in parts), torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device))
 
 
+def parts_in_cache(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of equally many rows in parts of so many that a processor's cache keeps them through several passes, as
+    float32 of this width; on a GPU all at once."""
+    is_cpu = tensors[0].device.type == "cpu"
+    rows = max(MIN_ROWS, CACHE_BYTES // (4 * width) // MIN_ROWS * MIN_ROWS) if is_cpu else max(1, len(tensors[0]))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _transform(
+    width, input_offset, input_scale, rotation, factors, block1, permutation, block2
+) -> activation.InputTransform:
+    parts = Rotation(rotation, width, tuple(factors), None, block1, block2, permutation)
+    return activation.InputTransform(parts, input_offset, input_scale)
+
+
 def reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
-    parts = Rotation(rotation, x.shape[-1], tuple(factors), None, block1, block2, permutation)
-    x = x.clone() if rotation == "none" else x  # an operator must not return its input
-    return activation.InputTransform(parts, input_offset, input_scale).apply(x)
+    width, out = x.shape[-1], torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    for tokens, to in parts_in_cache(width, x, out):
+        to.copy_(transform.apply(tokens))
+    return out
 
 
 def reference_quantize_tokens(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"
 ) -> tuple[Tensor, Tensor]:
-    x = reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    return activation.quantize_tokens(x.contiguous(), bits, clip, levels)
+    width, codes = x.shape[-1], torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
+    transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    for tokens, *to in parts_in_cache(width, x, codes, scale):
+        for part, found in zip(
+            to, activation.quantize_tokens(transform.apply(tokens), bits, clip, levels), strict=True
+        ):
+            part.copy_(found)
+    return codes, scale
 
 
 def reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:
     weight = decode_weight(packed, table, codes.shape[1], row_scale.shape[0], bits)
-    y = integer_matmul(codes, weight).float().mul_(row_scale).mul_(scale[:, None])
-    return (y if bias is None else y.add_(bias)).to(out_dtype)
+    sums = integer_matmul(codes, weight)
+    out = torch.empty(sums.shape, dtype=out_dtype, device=sums.device)
+    for part, step, to in parts_in_cache(len(weight), sums, scale, out):
+        y = part.float().mul_(row_scale).mul_(step[:, None])
+        to.copy_(y if bias is None else y.add_(bias))
+    return out
 
 
 def reference_weight_only_linear(

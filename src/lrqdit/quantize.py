@@ -236,8 +236,8 @@ def observe(
     """Run a model once and return the statistics of its layers' inputs, by name of the module; it stays as it is.
 
     Arguments and errors as for :func:`quantize`, whose ``calibration`` the result is. Of the preset only ``seed``,
-    ``calibration_tokens``, ``moment_gib``, ``rounding``, ``hessian`` and ``exclude`` matter here. ``batch_size`` prompts
-    run together, which small models are faster with. Every eighth batch is held out (the last one of four to seven);
+    ``calibration_tokens``, ``moment_gib``, ``rounding``, ``hessian`` and ``exclude`` matter here. ``batch_size``
+    prompts run together, which small models are faster with. Every eighth batch is held out (the last one of four to seven);
     without prompts, every eighth call of the module.
     """
     config = _build_config(preset, settings)
