@@ -520,7 +520,10 @@ def count_operators(monkeypatch):
 
 def fill_randomly(layer, kind, seed=0):
     width, out_features = layer.in_features, layer.out_features
-    _, table, row_scale, bias, bits = random_weight(out_features, width, layer.format.weight_bits, False, seed=seed)
+    layout = layer.format
+    _, table, row_scale, bias, bits = random_weight(
+        out_features, width, layout.weight_bits, False, seed=seed, is_trellis=layout.is_trellis
+    )
     offset, scale, _, factors, block1, permutation, block2 = transform_arguments(kind, width, seed)
     codes = torch.randint(0, 1 << bits, (out_features, width), generator=torch.Generator().manual_seed(seed))
     plain = rotation.Rotation(kind, width, tuple(factors), None, block1, block2, permutation)
@@ -530,7 +533,8 @@ def fill_randomly(layer, kind, seed=0):
 def filled_layer(kind="hadamard", bits=4, activation_bits=8, levels="uniform", seed=0):
     factors, table_rows = tuple(rotation.build(24, kind).factors), int(bits < 8)
     rest = dict(clip=0.9, token_levels=levels, has_offset=True, has_scale=True)
-    layer = QuantLinear(LinearFormat(24, 20, bits, activation_bits, "uniform", table_rows, kind, factors, **rest))
+    rest |= dict(table_rows=table_rows, is_trellis=bits == 3, rotation=kind, factors=factors)
+    layer = QuantLinear(LinearFormat(24, 20, bits, activation_bits, **rest))
     return fill_randomly(layer, kind, seed)
 
 

@@ -237,8 +237,8 @@ def observe(
 
     Arguments and errors as for :func:`quantize`, whose ``calibration`` the result is. Of the preset only ``seed``,
     ``calibration_tokens``, ``moment_gib``, ``rounding``, ``hessian`` and ``exclude`` matter here. ``batch_size``
-    prompts run together, which small models are faster with. Every eighth batch is held out (the last one of four to seven);
-    without prompts, every eighth call of the module.
+    prompts run together, which small models are faster with. Every eighth batch is held out (the last one of four to
+    seven); without prompts, every eighth call of the module.
     """
     config = _build_config(preset, settings)
     modules = _find_modules(target)
