@@ -11,7 +11,7 @@ FLOORS = [
     {"codebook", "hadamard", "rotation", "activation", "packing"},
     {"ops", "gpu", "triton_prologue", "triton_gemm"},
     {"linear", "kernels"},
-    {"models", "calibrate", "fit", "accounting", "checkpoint", "compensate"},
+    {"models", "calibrate", "fit", "accounting", "checkpoint", "compensate", "allocate", "recording", "sensitivity"},
     {"diffusers_plugin", "inspection"},
     {"quantize", "pipelines", "simulate"},
     {"evaluate", "report", "demo", "speed", "doctor"},

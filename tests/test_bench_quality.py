@@ -59,6 +59,6 @@ def test_calibration_and_evaluation_prompts_are_apart(bench):
 
 def test_every_method_runs_on_a_layer(bench):
     rows = bench.run_layers(("w4a4",), 64, 24)
-    assert {row["preset"] for row in rows} == set(bench.PRESETS)
+    assert {row["preset"] for row in rows} == set(bench.PRESETS) - {bench.EQUAL_BITS}
     error = {(row["input"], row["preset"]): row["error"] for row in rows}
     assert error["offset", "lrqdit"] < 0.1 < error["offset", "quarot"]

@@ -64,6 +64,10 @@ class QuantizationConfig:
     Args:
         weight_bits: 2, 3, 4 (Twin-Log levels) or 8 (uniform).
         activation_bits: 4, 6, 8, or 16 for weight-only quantization.
+        average_bits: true bits per parameter that each quantized model may take in all, scales and kept layers
+            included. Each layer then gets its own weight bits by what its error does to the model's output, and
+            ``weight_bits`` (4 if it is 8) is only the width at which that is measured. None gives every layer
+            ``weight_bits``.
         mode: name of the mode the other defaults came from, ``auto`` or ``paper``.
         codebook: weight levels, a key of :data:`lrqdit.codebook.CODEBOOKS`.
         table_scope: ``layer`` (one int8 table per layer) or ``row`` (one per output row).
@@ -90,6 +94,7 @@ class QuantizationConfig:
 
     weight_bits: int = 4
     activation_bits: int = 8
+    average_bits: float | None = None
     mode: str = "auto"
     codebook: str = "twin_log"
     table_scope: str = "layer"
@@ -125,6 +130,9 @@ class QuantizationConfig:
         _check_choice("token_levels", self.token_levels, TOKEN_LEVEL_POLICIES)
         _check_choice("rounding", self.rounding, ROUNDING_POLICIES)
         _check_choice("keep_bits", self.keep_bits, (8, 16))
+        if (bits := self.average_bits) is not None:
+            if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
+                raise ConfigError(f"average_bits={bits!r} is not a positive number of bits per parameter")
         if not 0 < self.smoothing_alpha < 1:
             raise ConfigError(f"smoothing_alpha={self.smoothing_alpha!r} must lie between 0 and 1; 0.5 is the default")
         for name in ("damping", "moment_gib"):
