@@ -26,7 +26,7 @@ from lrqdit.errors import ConfigError, ModelError
 from lrqdit.fit import GroupReport, check_finite, choose_transform, data_free_transform, keep_at_8_bits, quantize_linear
 from lrqdit.linear import LinearFormat, QuantLinear
 from lrqdit.recording import Calibration, StepRecorder, recorded_steps
-from lrqdit.sensitivity import Probe, choose_bits, error_ratios, options
+from lrqdit.sensitivity import Probe, at_every_width, choose_bits, options
 
 HELD_OUT_EVERY = 8  # prompts, or calls of a module that a forward loop of the caller's runs
 
@@ -421,11 +421,10 @@ def _quantize_group(
         name: _quantize_layer(module, part, name, transform, config, weight_bits, curvature, report)
         for name in part.names
     }
-    if probe is not None and part.group is not None:
+    if probe is not None:
         for name, layer in layers.items():
-            change, allowed = probe.measure(name, layer), options(part.is_weight_only)
-            ratios = error_ratios(layer, name, weights[name], part.group.stats, config, allowed, curvature)
-            report.predicted[name] = {str(bits): change * ratio for bits, ratio in ratios.items()}
+            errors = at_every_width(probe.measure(name, layer), weight_bits, part.is_weight_only)
+            report.predicted[name] = {str(bits): error for bits, error in errors.items()}
     return layers, report
 
 

@@ -1,9 +1,8 @@
 """Mixed precision: how much the model's output changes with each layer's weight bits, and which bits a budget allows.
 
 Measured, not modelled: one layer at a time is replaced by its quantized form (activations in full) and the recorded
-denoising steps are run again. That is done at one width; at the others the change is scaled by the layer's own output
-error on held-out tokens, which a sample of its rows tells. Errors of different layers add up: the change of the output
-when several are replaced together is the sum of their changes within a few per cent.
+denoising steps are run again. That is done at one width; another bit changes it by a factor of four, which chooses as
+well as measuring at every width. Errors of different layers add up within a few per cent.
 """
 
 import dataclasses
@@ -12,20 +11,16 @@ from collections.abc import Mapping
 from types import TracebackType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrqdit.accounting import layer_bytes
 from lrqdit.allocate import choose_options
-from lrqdit.calibrate import ActivationStats
-from lrqdit.compensate import Curvature
 from lrqdit.config import WEIGHT_BITS, QuantizationConfig
 from lrqdit.errors import ConfigError
-from lrqdit.fit import quantize_linear, squared_norm
 from lrqdit.linear import LinearFormat, QuantLinear
 from lrqdit.recording import Step
 
-ROWS_FOR_RATIO = 128
+GAIN_PER_BIT = 4.0
 
 
 def options(is_weight_only: bool) -> tuple[int, ...]:
@@ -71,33 +66,9 @@ class Probe:
         return sum(changes) / len(changes)
 
 
-def error_ratios(
-    layer: QuantLinear, name: str, weight: Tensor, stats: ActivationStats, config: QuantizationConfig,
-    allowed: tuple[int, ...], curvature: Curvature | None,
-) -> dict[int, float]:  # fmt: skip
-    """A layer's squared output error at every allowed width, relative to the width it is quantized at.
-
-    Args:
-        layer: its quantized form.
-        name: for messages.
-        weight: float32 (out_features, in_features), of which a sample of rows is rounded at each width.
-        stats: of its input; the tokens of the reservoir are what the error is measured on.
-        curvature: as for :func:`lrqdit.fit.quantize_linear`.
-    """
-    assert stats.tokens is not None
-    transform, base = layer.input_transform, layer.format.weight_bits
-    offset = transform.input_offset
-    tokens = stats.tokens.float() if offset is None else stats.tokens.float() - offset.float()
-    rows = slice(None, None, max(1, math.ceil(len(weight) / ROWS_FOR_RATIO)))
-    errors = {base: squared_norm(F.linear(tokens, layer.dequantize()[rows] - weight[rows]))}
-    for bits in allowed:
-        if bits != base:
-            part = quantize_linear(
-                name, weight[rows], None, transform, config, bits, layer.format.activation_bits, torch.float32, None,
-                curvature,
-            )  # fmt: skip
-            errors[bits] = squared_norm(F.linear(tokens, part.dequantize() - weight[rows]))
-    return {bits: errors[bits] / errors[base] if errors[base] else 0.0 for bits in allowed}
+def at_every_width(change: float, bits: int, is_weight_only: bool) -> dict[int, float]:
+    """A change measured at some weight bits, at every width that the layer may get."""
+    return {width: change * GAIN_PER_BIT ** (bits - width) for width in options(is_weight_only)}
 
 
 def choose_bits(
