@@ -7,11 +7,12 @@ from diffusers import DiffusionPipeline
 from test_quantize import FAST, assert_untouched, build, count_fits, random, run, snapshot, state_digest
 from tiny_models import build_model, run_model
 from torch import nn
+from typer.testing import CliRunner
 
 import lrqdit
-from lrqdit import inspection, pipelines
+from lrqdit import cli, inspection, pipelines
 from lrqdit.config import QuantizationConfig
-from lrqdit.errors import ConfigError, ModelError
+from lrqdit.errors import ConfigError, ModelError, NumericalError
 from lrqdit.linear import QuantLinear
 from lrqdit.sensitivity import Probe
 
@@ -225,3 +226,28 @@ def test_pipeline_in_the_dtype_of_its_files(tmp_path):
         for p in (pipeline, loaded)
     )
     assert (one - two).norm() < 0.01 * one.norm()  # buffers that no file holds went through float16 in one of them
+
+
+def test_command_line(tmp_path, tiny_pipeline_folder):
+    def succeed(*arguments):
+        result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\na boat\n")
+    command = ["quantize", tiny_pipeline_folder, "--prompts", prompts, "--steps", 2, "--out", tmp_path / "out"]
+    summary = json.loads(succeed(*command, "--bits", "w3a8", "--average-bits", 8.5, "--json"))
+    assert summary["true_bits"] <= summary["average_bits"] == 8.5 and len(summary["weight_bits"]) > 1
+    described = succeed("inspect", tmp_path / "out")
+    assert "layers by weight bits: " in described and "a budget of 8.5 bits per parameter" in described
+    result = CliRunner().invoke(cli.app, [str(a) for a in [*command, "--average-bits", 3, "--overwrite"]])
+    assert result.exit_code == 2 and "takes at least" in result.stderr
+
+
+def test_an_output_that_overflows(calibration):
+    model = build()
+    layer = quantize(calibration, 11.0)[0].stages[0].mend
+    layer.row_scale_bits.copy_(torch.full((48,), float("inf")).view(torch.int32))
+    with Probe(model, calibration["Unusual"].steps) as probe, pytest.raises(NumericalError, match="NaN or Inf once"):
+        probe.measure("stages.0.mend", layer)

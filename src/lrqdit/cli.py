@@ -256,6 +256,8 @@ def inspect(
     totals = description["totals"]
     widths = Counter(layer["weight_bits"] for layer in description["layers"])
     typer.echo(f"layers by weight bits: {_describe_widths(widths)}")
+    if (budget := description["settings"].get("average_bits")) is not None:
+        typer.echo(f"chosen for a budget of {budget:g} bits per parameter")
     typer.echo(f"{description['preset']}: {totals['true_bits']:.3f} bits per parameter over {totals['parameters']:,}")
     typer.echo(f"files: {totals['file_bytes']:,} bytes, of which tensors {totals['tensor_bytes']:,}, the rest headers")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lrqdit.accounting import layer_bytes
 from lrqdit.allocate import choose_options
 from lrqdit.config import WEIGHT_BITS, QuantizationConfig
-from lrqdit.errors import ConfigError
+from lrqdit.errors import ConfigError, NumericalError
 from lrqdit.linear import LinearFormat, QuantLinear
 from lrqdit.recording import Step
 
@@ -51,7 +51,11 @@ class Probe:
 
     @torch.no_grad()
     def measure(self, name: str, layer: QuantLinear) -> float:
-        """Mean squared change of the steps' outputs when one layer has the rounded weight of ``layer``."""
+        """Mean squared change of the steps' outputs when one layer has the rounded weight of ``layer``.
+
+        Raises:
+            NumericalError: if it is NaN or Inf.
+        """
         if not self._exact:
             self._exact = [step.run(self._module) for step in self._steps]
         original = self._module.get_submodule(name)
@@ -63,7 +67,10 @@ class Probe:
             ]
         finally:
             self._module.set_submodule(name, original)
-        return sum(changes) / len(changes)
+        change = sum(changes) / len(changes)
+        if not math.isfinite(change):
+            raise NumericalError(f"the model's output is NaN or Inf once {name} is rounded; run it in a wider dtype")
+        return change
 
 
 def at_every_width(change: float, bits: int, is_weight_only: bool) -> dict[int, float]:
