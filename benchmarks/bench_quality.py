@@ -9,8 +9,9 @@ after every row, so a killed run continues where it stopped.
     python benchmarks/bench_quality.py --layers                       # error of single layers of realistic inputs
     python benchmarks/bench_quality.py --model FOLDER --prompts FILE --out my.json
 
-`lrqdit` is this package's default and `lrq-dit-paper` the published method, both as packed layers; every other preset
-is a recipe of `lrqdit.presets`, simulated. True bits count everything, layers kept in float at 16 bits.
+`lrqdit` is this package's default and `lrq-dit-paper` the published method, both as packed layers; `lrqdit-equal-bits`
+is the default with mixed precision, given the true bits of `lrq-dit-paper` at the same setting; every other preset is a
+recipe of `lrqdit.presets`, simulated. True bits count everything, layers kept in float at 16 bits.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from lrqdit.compensate import measure_curvature
 from lrqdit.config import QuantizationConfig
 from lrqdit.fit import choose_transform, quantize_linear
 from lrqdit.presets import RECIPES
+from lrqdit.recording import Calibration
 from lrqdit.simulate import simulate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,7 +45,8 @@ import bench_captions  # noqa: E402
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SETTINGS = ("w4a8", "w4a4", "w3a8", "w3a6", "w3a4", "w2a4")
 OURS = {"lrqdit": "auto", "lrq-dit-paper": "paper"}
-PRESETS = (*OURS, *RECIPES)
+EQUAL_BITS = "lrqdit-equal-bits"
+PRESETS = (*OURS, EQUAL_BITS, *RECIPES)
 CHECKED = (("lrqdit", "w3a8"), ("rtn", "w4a4"))
 CHECKED_PICTURES, CHECK_TOLERANCE = 16, 0.15
 BATCH, SEED = 16, 1000
@@ -102,18 +105,22 @@ def interval(values: list[float], reference: list[float] | None = None) -> list[
     return [float(v) for v in np.quantile(means, (0.025, 0.975))]
 
 
-def quantize(pipeline: Any, preset: str, bits: str, calibration: dict[str, list[InputGroup]]) -> float:
+def quantize(
+    pipeline: Any, preset: str, bits: str, calibration: dict[str, Calibration], average_bits: float | None = None
+) -> float:
     """Quantize in place; returns the true bits."""
     config = QuantizationConfig.from_name(bits)
-    if preset in OURS:
-        lrqdit.quantize(pipeline, bits, mode=OURS[preset], calibration=calibration, show_progress=False)
-        modules = pipelines.denoisers(pipeline)
-        found = measure_size(modules.half()).true_bits
-        modules.float()
+    if preset in OURS or preset == EQUAL_BITS:
+        lrqdit.quantize(
+            pipeline, bits, mode=OURS.get(preset, "auto"), calibration=calibration, average_bits=average_bits,
+            stored_dtypes=dict.fromkeys(calibration, torch.float16), show_progress=False,
+        )  # fmt: skip
+        found = measure_size(pipelines.denoisers(pipeline).half()).true_bits
+        pipelines.denoisers(pipeline).float()
         return found
     reports = [
-        simulate(getattr(pipeline, name), RECIPES[preset], groups, config.weight_bits, config.activation_bits)
-        for name, groups in calibration.items()
+        simulate(getattr(pipeline, name), RECIPES[preset], found.groups, config.weight_bits, config.activation_bits)
+        for name, found in calibration.items()
     ]
     return sum(report.bits for report in reports) / sum(report.parameters for report in reports)
 
@@ -139,7 +146,7 @@ class Bench:
             self.calibration_prompts = [line.strip() for line in lines if line.strip()]
         if set(self.prompts) & set(self.calibration_prompts):
             raise SystemExit("some prompts are also calibration prompts")
-        self._calibration: dict[str, list[InputGroup]] | None = None
+        self._calibration: dict[str, Calibration] | None = None
         self.original = load(args.model)
         self.references: list[pipelines.Sample] = []
 
@@ -153,7 +160,7 @@ class Bench:
         }  # fmt: skip
 
     @property
-    def calibration(self) -> dict[str, list[InputGroup]]:
+    def calibration(self) -> dict[str, Calibration]:
         if self._calibration is None:
             modules = pipelines.denoisers(self.original)
             values = {**self.setup(), "prompts": self.calibration_prompts}
@@ -161,9 +168,9 @@ class Bench:
                 name: RunFolder(self.work / name, fingerprint(values, module=module))
                 for name, module in modules.items()
             }
-            kept = {name: folder.load_groups() for name, folder in folders.items()}
-            if all(groups is not None for groups in kept.values()):
-                self._calibration = {name: groups for name, groups in kept.items() if groups is not None}
+            kept = {name: folder.load_calibration() for name, folder in folders.items()}
+            if all(found is not None for found in kept.values()):
+                self._calibration = {name: found for name, found in kept.items() if found is not None}
                 return self._calibration
             start = time.monotonic()
             self._calibration = lrqdit.observe(
@@ -171,21 +178,31 @@ class Bench:
                 guidance_scale=self.guidance, batch_size=8 if self.is_demo else 1, show_progress=False,
             )  # fmt: skip
             for name, folder in folders.items():
-                folder.save_groups(self._calibration[name])
+                folder.save_calibration(self._calibration[name])
             print(f"calibration: {time.monotonic() - start:.0f} s", flush=True)
         return self._calibration
 
-    def run(self, preset: str, bits: str, count: int | None = None) -> dict[str, Any]:
-        """One row."""
+    def paper_bits(self, bits: str, rows: list[dict[str, Any]]) -> float:
+        """True bits of the paper's method at a setting: those of its row, or counted."""
+        for row in rows:
+            if (row["preset"], row["bits"]) == ("lrq-dit-paper", bits):
+                return row["true_bits"]
+        return quantize(load(self.folder), "lrq-dit-paper", bits, self.calibration)
+
+    def run(
+        self, preset: str, bits: str, count: int | None = None, rows: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """One row; ``rows`` are those that are there already."""
         prompts = self.prompts[:count]
         if len(self.references) < len(prompts):
             self.references = generate(self.original, self.prompts[: max(count or 0, len(prompts))], self.steps,
                                        self.guidance)  # fmt: skip
         references = self.references[: len(prompts)]
         calibration = self.calibration
+        average_bits = self.paper_bits(bits, rows or []) if preset == EQUAL_BITS else None
         pipeline = load(self.folder)
         start = time.monotonic()
-        true_bits = quantize(pipeline, preset, bits, calibration)
+        true_bits = quantize(pipeline, preset, bits, calibration, average_bits)
         seconds = time.monotonic() - start
         samples = generate(pipeline, prompts, self.steps, self.guidance)
         squared = (pixels(samples) - pixels(references)).square().mean((1, 2, 3)).double().tolist()
@@ -230,7 +247,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         for preset in args.presets:
             if any((row["preset"], row["bits"]) == (preset, bits) for row in results["rows"]):
                 continue
-            results["rows"].append(bench.run(preset, bits))
+            results["rows"].append(bench.run(preset, bits, rows=results["rows"]))
             add_ratios(results["rows"])
             print_row(results["rows"][-1])
             write(args.out, results)
@@ -301,7 +318,7 @@ def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> l
         varying = float((target - target.mean(0)).square().sum())
         for setting in bits:
             config = QuantizationConfig.from_name(setting)
-            for preset in PRESETS:
+            for preset in (*OURS, *RECIPES):
                 if preset in OURS:
                     config = QuantizationConfig.from_name(setting, mode=OURS[preset])
                     both = config.weight_bits, config.activation_bits

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_tiny_pipeline
+
+import lrqdit
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -59,6 +62,18 @@ def test_calibration_and_evaluation_prompts_are_apart(bench):
 
 def test_every_method_runs_on_a_layer(bench):
     rows = bench.run_layers(("w4a4",), 64, 24)
-    assert {row["preset"] for row in rows} == set(bench.PRESETS)
+    assert {row["preset"] for row in rows} == set(bench.PRESETS) - {bench.EQUAL_BITS}
     error = {(row["input"], row["preset"]): row["error"] for row in rows}
     assert error["offset", "lrqdit"] < 0.1 < error["offset", "quarot"]
+
+
+def test_equal_bits(bench):
+    """The budget is the true bits of the paper's row, or of the paper's method itself where there is no row."""
+    pipeline = build_tiny_pipeline()
+    calibration = lrqdit.observe(pipeline, prompts=["a fox", "a boat"], steps=2, show_progress=False)
+    measured = bench.quantize(build_tiny_pipeline(), "lrq-dit-paper", "w4a8", calibration)
+    found = bench.quantize(build_tiny_pipeline(), bench.EQUAL_BITS, "w4a8", calibration, measured)
+    assert 9.5 < found <= measured  # 8 bits everywhere, and more is not to be had
+    rows = [{"preset": "lrqdit", "bits": "w4a8", "true_bits": 1.0}]
+    rows.append({"preset": "lrq-dit-paper", "bits": "w4a8", "true_bits": 7.0})
+    assert bench.Bench.paper_bits(None, "w4a8", rows) == 7.0

@@ -14,6 +14,7 @@ from lrqdit import checkpoint
 from lrqdit.calibrate import Observer
 from lrqdit.errors import CheckpointError
 from lrqdit.linear import QuantLinear
+from lrqdit.recording import Calibration, Call, Step
 
 
 def random(*shape, seed=0):
@@ -348,7 +349,7 @@ def test_run_folder(tmp_path):
     again = checkpoint.RunFolder(tmp_path / "run", "one")
     loaded, read = again.load("part")
     assert read == values and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
-    assert again.load("other") is None and again.load_groups() is None
+    assert again.load("other") is None and again.load_calibration() is None
     truncate(tmp_path / "run" / "part.safetensors", -1)
     with pytest.raises(CheckpointError):
         again.load("part")
@@ -366,11 +367,17 @@ def test_run_folder_keeps_the_calibration(tmp_path):
     with Observer(model, ("0.q", "0.k", "1.q", "1.k"), 20, 0) as observer:
         run(model)
     groups = observer.groups()
-    checkpoint.RunFolder(tmp_path / "run", "one").save_groups(groups)
-    again = checkpoint.RunFolder(tmp_path / "run", "one").load_groups()
-    assert [g.names for g in again] == [g.names for g in groups] == [["0.q", "0.k"], ["1.q", "1.k"]]
-    for one, two in zip(groups, again, strict=True):
+    calls = [Call.record((random(2, 3, seed=i),), {"more": {"mask": None, "pair": (1, random(4))}}) for i in range(3)]
+    steps = [Step(calls[:2], (3.0, -2.0), (2, 3)), Step(calls[2:])]
+    checkpoint.RunFolder(tmp_path / "run", "one").save_calibration(Calibration(groups, steps))
+    again = checkpoint.RunFolder(tmp_path / "run", "one").load_calibration()
+    assert [g.names for g in again.groups] == [g.names for g in groups] == [["0.q", "0.k"], ["1.q", "1.k"]]
+    for one, two in zip(groups, again.groups, strict=True):
         assert torch.equal(one.stats.tokens, two.stats.tokens) and one.stats.rms == two.stats.rms
+    for one, two in zip(steps, again.steps, strict=True):
+        assert (one.weights, one.shape) == (two.weights, two.shape)
+        for a, b in zip(one.calls, two.calls, strict=True):
+            assert a.structure == b.structure and all(map(torch.equal, a.tensors, b.tensors))
 
 
 def test_fingerprint():

@@ -147,11 +147,11 @@ def test_killed_run_continues_to_the_same_bytes(tiny_pipeline_folder, prompts, t
     fitted: list[str] = []
     original = lrqdit.quantize.__globals__["_quantize_group"]
 
-    def killed(module, members, *rest):
+    def killed(module, part, *rest):
         if len(fitted) == 5:
             raise KeyboardInterrupt
-        fitted.append(members[0])
-        return original(module, members, *rest)
+        fitted.append(part.names[0])
+        return original(module, part, *rest)
 
     monkeypatch.setitem(lrqdit.quantize.__globals__, "_quantize_group", killed)
     assert run(*command, tmp_path / "killed")[0] != 0
@@ -159,9 +159,9 @@ def test_killed_run_continues_to_the_same_bytes(tiny_pipeline_folder, prompts, t
 
     resumed: list[str] = []
 
-    def counted(module, members, *rest):
-        resumed.append(members[0])
-        return original(module, members, *rest)
+    def counted(module, part, *rest):
+        resumed.append(part.names[0])
+        return original(module, part, *rest)
 
     def forbidden(*_):
         pytest.fail("calibrates again")

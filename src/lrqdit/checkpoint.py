@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lrqdit.calibrate import ActivationStats, InputGroup
 from lrqdit.errors import CheckpointError
 from lrqdit.linear import LinearFormat, QuantLinear
+from lrqdit.recording import Calibration, Call, Step
 
 FORMAT_NAME = "lrqdit"
 FORMAT_VERSION = 1
@@ -275,25 +276,46 @@ class RunFolder:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         return load_file(path), json.loads(header["__metadata__"]["values"])
 
-    def save_groups(self, groups: list[InputGroup]) -> None:
+    def save_calibration(self, calibration: Calibration) -> None:
         """Keep the calibration of a model."""
-        tensors = {f"{i}.{k}": v for i, g in enumerate(groups) for k, v in g.stats.to_tensors().items()}
-        self.save("calibration", tensors, {"names": [group.names for group in groups]})
+        groups, names = enumerate(calibration.groups), [group.names for group in calibration.groups]
+        tensors = {f"{i}.{k}": v for i, g in groups for k, v in g.stats.to_tensors().items()}
+        inputs = [tensor for step in calibration.steps for call in step.calls for tensor in call.tensors]
+        tensors |= {f"step.{i}": tensor for i, tensor in enumerate(inputs)}
+        steps = [
+            {
+                "calls": [(call.structure, len(call.tensors)) for call in step.calls],
+                "weights": step.weights,
+                "shape": step.shape,
+            }
+            for step in calibration.steps
+        ]
+        self.save("calibration", tensors, {"names": names, "steps": steps, "inputs": len(inputs)})
 
-    def load_groups(self) -> list[InputGroup] | None:
-        """The calibration kept by :meth:`save_groups`, or None."""
+    def load_calibration(self) -> Calibration | None:
+        """The calibration kept by :meth:`save_calibration`, or None."""
         found = self.load("calibration")
-        if found is None:
+        if found is None or "steps" not in found[1]:  # an earlier version's
             return None
         tensors, values = found
+        left = iter([tensors.pop(f"step.{i}") for i in range(values["inputs"])])
+        steps = [
+            Step(
+                [Call(structure, [next(left) for _ in range(count)]) for structure, count in step["calls"]],
+                tuple(step["weights"]),
+                tuple(step["shape"]),
+            )
+            for step in values["steps"]
+        ]
         parts: list[dict[str, Tensor]] = [{} for _ in values["names"]]
         for key, tensor in tensors.items():
             index, leaf = key.split(".", 1)
             parts[int(index)][leaf] = tensor
-        return [
+        groups = [
             InputGroup(names, ActivationStats.from_tensors(part))
             for names, part in zip(values["names"], parts, strict=True)
         ]
+        return Calibration(groups, steps)
 
 
 def fingerprint(*values: Any, module: nn.Module | None = None) -> str:

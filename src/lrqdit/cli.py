@@ -74,6 +74,9 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Folder of a pipeline, or a hub id owner/name.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     bits: Annotated[str, typer.Option(help="Preset w<bits>a<bits>, such as w4a8.")] = "w4a8",
+    average_bits: Annotated[
+        float | None, typer.Option(help="True bits per parameter in all; each layer gets its own weight bits.")
+    ] = None,
     prompts: Prompts = None,
     mode: Annotated[str, typer.Option(help=f"One of {', '.join(MODES)}.")] = "auto",
     steps: Steps = None,
@@ -88,7 +91,8 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a pipeline's transformer. A killed run continues where it was: call it again."""
-    settings = {"mode": mode, "seed": seed, "exclude": tuple(exclude or ()), **_parse_settings(setting or [])}
+    given = {"mode": mode, "seed": seed, "exclude": tuple(exclude or ()), "average_bits": average_bits}
+    settings = {**given, **_parse_settings(setting or [])}
     config = QuantizationConfig.from_name(bits, **settings)
     texts = None if prompts is None else read_prompts(prompts)
     pipelines.check_output_folder(out, overwrite)
@@ -100,14 +104,17 @@ def quantize(
         pipeline = pipelines.load_pipeline(source, dtype, device)
         result = lrqdit.quantize(
             pipeline, config, prompts=texts, is_calibrated=calibration, steps=steps, guidance_scale=guidance_scale,
-            resume_folder=partial,
+            resume_folder=partial, stored_dtypes=pipelines.stored_dtypes(source),
         )  # fmt: skip
         pipelines.save_quantized(pipeline, result, source, out)
         shutil.rmtree(partial, ignore_errors=True)
     exceeding = [name for g in result.groups if (g.rms or 0) >= config.rotation_threshold for name in g.names]
     kinds = Counter(g.rotation + " + smoothing" * g.is_smoothed for g in result.groups for _ in g.names)
+    widths = Counter(g.bits_of(name) for g in result.groups for name in g.names)
     summary = {
         "preset": config.preset,
+        "average_bits": config.average_bits,
+        "weight_bits": {str(width): count for width, count in sorted(widths.items())},
         "mode": config.mode,
         "true_bits": result.size.true_bits,
         "bytes_before": result.bytes_before,
@@ -125,6 +132,7 @@ def quantize(
     typer.echo(f"transformer files: {summary['bytes_before']:,} -> {summary['bytes_after']:,} bytes")
     typer.echo(f"time: {seconds:.1f} s, of which calibration {result.calibration_seconds:.1f} s")
     typer.echo(f"chosen per layer: {', '.join(f'{kind} {count}' for kind, count in kinds.most_common())}")
+    typer.echo(f"layers by weight bits: {_describe_widths(widths)}")
     typer.echo(f"J >= {config.rotation_threshold:g} at {len(exceeding)} of {kinds.total()} layers")
     for name in exceeding[:5]:
         typer.echo(f"  {name}")
@@ -191,7 +199,9 @@ def evaluate(
             samples[role] = pipelines.generate_images(
                 pipeline, texts, seed, steps=steps, guidance_scale=guidance_scale, description=role
             )
-            true_bits[role] = lrqdit.measure_size(pipelines.denoisers(pipeline)).true_bits
+            denoisers = pipelines.denoisers(pipeline)
+            true_bits[role] = lrqdit.measure_size(denoisers).true_bits
+            widths = Counter(m.format.weight_bits for m in denoisers.modules() if isinstance(m, lrqdit.QuantLinear))
             del pipeline
         results = {
             "reference": reference,
@@ -209,7 +219,8 @@ def evaluate(
         labels = (("original", samples["reference"]), ("quantized", samples["candidate"]))
         grid = report.picture_grid([(label, [s.picture for s in row[:8]]) for label, row in labels], texts[:8])
         grid.save(out / "comparison.png")
-        page = report.html_page(f"{folder} against {reference}", rows, grid)
+        notes = [f"Layers by weight bits: {_describe_widths(widths)}"] if widths else []
+        page = report.html_page(f"{folder} against {reference}", rows, grid, notes)
         (out / "report.html").write_text(page, encoding="utf-8")
         (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     if as_json:
@@ -243,6 +254,10 @@ def inspect(
     )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 200).print(report.build_table(rows, columns))
     totals = description["totals"]
+    widths = Counter(layer["weight_bits"] for layer in description["layers"])
+    typer.echo(f"layers by weight bits: {_describe_widths(widths)}")
+    if (budget := description["settings"].get("average_bits")) is not None:
+        typer.echo(f"chosen for a budget of {budget:g} bits per parameter")
     typer.echo(f"{description['preset']}: {totals['true_bits']:.3f} bits per parameter over {totals['parameters']:,}")
     typer.echo(f"files: {totals['file_bytes']:,} bytes, of which tensors {totals['tensor_bytes']:,}, the rest headers")
 
@@ -314,9 +329,15 @@ def read_prompts(path: Path) -> list[str]:
     return texts
 
 
+def _describe_widths(widths: Counter[int]) -> str:
+    """Such as "2: 10, 4: 20", from how many layers have each width."""
+    return ", ".join(f"{width}: {count}" for width, count in sorted(widths.items()))
+
+
 def _parse_settings(pairs: list[str]) -> dict[str, Any]:
     """Settings from key=value, as the types of :class:`QuantizationConfig`'s fields."""
-    kinds = {field.name: field.type for field in dataclasses.fields(QuantizationConfig) if field.name != "exclude"}
+    kinds = {field.name: field.type for field in dataclasses.fields(QuantizationConfig)}
+    del kinds["exclude"], kinds["average_bits"]  # options of their own
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")

@@ -67,6 +67,10 @@ class QuantizationConfig:
     Args:
         weight_bits: 2, 3, 4 (Twin-Log levels) or 8 (uniform).
         activation_bits: 4, 6, 8, or 16 for weight-only quantization.
+        average_bits: true bits per parameter that each quantized model may take in all, scales and kept layers
+            included. Each layer then gets its own weight bits by what its error does to the model's output, and
+            ``weight_bits`` (4 if it is 8) is only the width at which that is measured. None gives every layer
+            ``weight_bits``.
         mode: name of the mode the other defaults came from, ``auto`` or ``paper``.
         codebook: weight levels, a key of :data:`lrqdit.codebook.CODEBOOKS`.
         table_scope: ``layer`` (one int8 table per layer) or ``row`` (one per output row).
@@ -98,6 +102,7 @@ class QuantizationConfig:
 
     weight_bits: int = 4
     activation_bits: int = 8
+    average_bits: float | None = None
     mode: str = "auto"
     codebook: str = "twin_log"
     table_scope: str = "layer"
@@ -142,6 +147,9 @@ class QuantizationConfig:
                 f"coding='trellis' needs one table per layer, but table_scope={self.table_scope!r} and "
                 f"codebook={self.codebook!r} have one per row; set table_scope='layer' and another codebook"
             )
+        if (bits := self.average_bits) is not None:
+            if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
+                raise ConfigError(f"average_bits={bits!r} is not a positive number of bits per parameter")
         if not 0 < self.smoothing_alpha < 1:
             raise ConfigError(f"smoothing_alpha={self.smoothing_alpha!r} must lie between 0 and 1; 0.5 is the default")
         for name in ("damping", "moment_gib"):

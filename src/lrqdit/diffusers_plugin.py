@@ -71,6 +71,10 @@ class LRQDiTConfig(QuantizationConfigMixin):
         config = (
             QuantizationConfig.from_name(preset, **changes) if preset else QuantizationConfig.from_dict(settings or {})
         )
+        if preset is not None and config.average_bits is not None:
+            raise ConfigError(
+                "LRQDiTConfig: average_bits needs calibration; load the pipeline and call lrqdit.quantize"
+            )
         self.quant_method = QuantizationMethod.LRQDIT
         self.format_version = format_version
         self.settings = config.to_dict()

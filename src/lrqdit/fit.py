@@ -51,6 +51,8 @@ class GroupReport:
         candidates: relative output error by "rotation" or "rotation+smoothing", of plain rounding to scalar levels.
         rounding: by layer, the held-out output error of each way of rounding relative to plain rounding; the smallest
             was taken.
+        predicted: with ``average_bits``, by layer and weight bits the mean squared change of the model's output.
+        chosen_bits: with ``average_bits``, the weight bits of each layer; ``weight_bits`` is where that was measured.
     """
 
     names: list[str]
@@ -64,12 +66,18 @@ class GroupReport:
     error: float | None = None
     candidates: dict[str, float] = field(default_factory=dict)
     rounding: dict[str, dict[str, float]] = field(default_factory=dict)
+    predicted: dict[str, dict[str, float]] = field(default_factory=dict)
+    chosen_bits: dict[str, int] = field(default_factory=dict)
 
     @property
     def gain(self) -> float | None:
         """Error without rotation and smoothing over the error of the choice; above 1 is better."""
         plain = self.candidates.get("none")
         return plain / self.error if plain is not None and self.error else None
+
+    def bits_of(self, name: str) -> int:
+        """The weight bits of one of the layers."""
+        return self.chosen_bits.get(name, self.weight_bits)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "gain": self.gain}

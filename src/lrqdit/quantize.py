@@ -1,10 +1,11 @@
 """The main job: calibrate a model on its denoising loop, quantize its linear layers group by group, replace them."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from lrqdit.accounting import SizeReport, measure_size
 from lrqdit.activation import InputTransform
 from lrqdit.calibrate import InputGroup, Observer
 from lrqdit.codebook import CODEBOOKS
-from lrqdit.compensate import measure_curvature
+from lrqdit.compensate import Curvature, measure_curvature
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError
 from lrqdit.fit import GroupReport, check_finite, choose_transform, data_free_transform, keep_at_8_bits, quantize_linear
-from lrqdit.linear import QuantLinear
+from lrqdit.linear import LinearFormat, QuantLinear
+from lrqdit.recording import Calibration, StepRecorder, recorded_steps
+from lrqdit.sensitivity import Probe, at_every_width, choose_bits, options
 
 GRADIENT_EVERY = 2  # calls of a module that are not held out
 HELD_OUT_EVERY = 8  # prompts, or calls of a module that a forward loop of the caller's runs
@@ -66,7 +69,8 @@ def quantize(
     arguments: dict[str, Any] | None = None,
     resume_folder: str | Path | None = None,
     show_progress: bool = True,
-    calibration: dict[str, list[InputGroup]] | None = None,
+    calibration: dict[str, Calibration] | None = None,
+    stored_dtypes: Mapping[str, torch.dtype] | None = None,
     **settings: Any,
 ) -> CalibrationReport:
     """Quantize a pipeline's transformers, or any module with linear layers, in place.
@@ -85,13 +89,16 @@ def quantize(
         show_progress: progress bars on stderr.
         calibration: what :func:`observe` returned for the same model, to quantize it in several ways from one
             calibration; nothing is run then.
-        settings: single settings of :class:`QuantizationConfig`, such as ``mode="paper"`` or ``seed=1``.
+        stored_dtypes: by name of the module, the dtype its float tensors will be saved in, where that is narrower than
+            theirs; ``average_bits`` counts them so.
+        settings: single settings of :class:`QuantizationConfig`, such as ``mode="paper"``, ``seed=1`` or
+            ``average_bits=3.5`` (each layer's bits by measured sensitivity, 3.5 true bits per parameter in all).
 
     Returns:
         The calibration report.
 
     Raises:
-        ConfigError: for a bad preset or setting.
+        ConfigError: for a bad preset or setting, or ``average_bits`` below what can be reached or without calibration.
         ModelError: if nothing can be quantized, something is quantized already, or a layer never ran.
         NumericalError: for NaN or Inf in weights or calibration activations.
     """
@@ -100,12 +107,19 @@ def quantize(
     for name, module in modules.items():
         diffusers_plugin.check_not_quantized(module, name)
     selections = {name: models.select_layers(module, config.exclude) for name, module in modules.items()}
+    if config.average_bits is not None:
+        if not is_calibrated:
+            raise ConfigError("average_bits needs calibration: it measures what each layer's bits do to the output")
+        for name, module in modules.items():
+            _check_budget(module, selections[name], config, (stored_dtypes or {}).get(name))
     is_observed = is_calibrated and calibration is None
     if is_observed and forward_loop is None:
         prompts = _check_prompts(target, prompts)
     run_folders: dict[str, checkpoint.RunFolder] = {}
     if resume_folder is not None:
-        inputs = (config.to_dict(), list(prompts or []), steps, guidance_scale, arguments, is_calibrated)
+        inputs = (
+            config.to_dict(), list(prompts or []), steps, guidance_scale, arguments, is_calibrated, stored_dtypes,
+        )  # fmt: skip
         for name, module in modules.items():
             mark = checkpoint.fingerprint(checkpoint.FORMAT_VERSION, name, *inputs, module=module)
             run_folders[name] = checkpoint.RunFolder(Path(resume_folder) / name, mark)
@@ -119,25 +133,26 @@ def quantize(
     start = time.monotonic()
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     bytes_before = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
-    groups: dict[str, list[InputGroup]] = calibration or {}
-    kept = {name: folder.load_groups() for name, folder in run_folders.items()}
+    observed: dict[str, Calibration] = calibration or {}
+    kept = {name: folder.load_calibration() for name, folder in run_folders.items()}
     if is_observed and kept and all(found is not None for found in kept.values()):
-        groups = {name: found for name, found in kept.items() if found is not None}
+        observed = {name: found for name, found in kept.items() if found is not None}
     elif is_observed:
-        groups = observe(
+        observed = observe(
             target, config, prompts=prompts, forward_loop=forward_loop, steps=steps, guidance_scale=guidance_scale,
             arguments=arguments, show_progress=show_progress,
         )  # fmt: skip
         for name, folder in run_folders.items():
-            folder.save_groups(groups[name])
+            folder.save_calibration(observed[name])
     calibrated = time.monotonic()
     reports: list[GroupReport] = []
     # nothing is replaced before everything is fitted: a failed run leaves the model as it was
     replacements: dict[str, dict[str, QuantLinear]] = {}
     for name, module in modules.items():
         replacements[name], module_reports = _quantize_module(
-            name, module, selections[name], groups.get(name), config, run_folders.get(name), show_progress
-        )
+            name, module, selections[name], observed.get(name), config, run_folders.get(name), show_progress,
+            (stored_dtypes or {}).get(name),
+        )  # fmt: skip
         reports += module_reports
     for name, module in modules.items():
         for layer_name, layer in replacements[name].items():
@@ -232,8 +247,10 @@ def observe(
     show_progress: bool = True,
     batch_size: int = 1,
     **settings: Any,
-) -> dict[str, list[InputGroup]]:
-    """Run a model once and return the statistics of its layers' inputs, by name of the module; it stays as it is.
+) -> dict[str, Calibration]:
+    """Run a model once and return what was seen, by name of the module; the model stays as it is.
+
+    That is the statistics of its layers' inputs, and a few of its denoising steps, which ``average_bits`` measures on.
 
     Arguments and errors as for :func:`quantize`, whose ``calibration`` the result is. Of the preset only ``seed``,
     ``calibration_tokens``, ``moment_gib``, ``rounding``, ``hessian`` and ``exclude`` matter here. ``batch_size``
@@ -264,15 +281,17 @@ def observe(
         forward_loop = pipeline_loop(
             prompts, steps, guidance_scale, arguments, config.seed, show_progress, hold_out, batch_size
         )
-    for observer in observers.values():
-        observer.__enter__()
-    try:
-        with torch.no_grad():
-            forward_loop(target)
-    finally:
+    recorders = {
+        name: StepRecorder(config.seed, lambda observer=observer: observer.is_held_out)
+        for name, observer in observers.items()
+    }
+    with contextlib.ExitStack() as stack:
         for observer in observers.values():
-            observer.__exit__(None, None, None)
-    return {name: observer.groups() for name, observer in observers.items()}
+            stack.enter_context(observer)
+        stack.enter_context(recorded_steps(modules, getattr(target, "scheduler", None), recorders))
+        stack.enter_context(torch.no_grad())
+        forward_loop(target)
+    return {name: Calibration(observer.groups(), recorders[name].steps()) for name, observer in observers.items()}
 
 
 def _check_prompts(target: Any, prompts: Sequence[str] | None) -> list[str]:
@@ -288,74 +307,202 @@ def _check_prompts(target: Any, prompts: Sequence[str] | None) -> list[str]:
     return prompts
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Layers that share an input and are treated alike."""
+
+    names: list[str]
+    group: InputGroup | None
+    is_weight_only: bool
+
+    def bits(self, config: QuantizationConfig) -> tuple[int, int]:
+        """Weight bits (with a budget: those that sensitivity is measured at) and activation bits."""
+        weight_bits = config.weight_bits if config.average_bits is None else min(4, config.weight_bits)
+        return (max(4, weight_bits), 16) if self.is_weight_only else (weight_bits, config.activation_bits)
+
+
+class _Results:
+    """Finished groups of layers by key: kept in a folder if there is one, so that a killed run continues."""
+
+    def __init__(self, folder: checkpoint.RunFolder | None) -> None:
+        self._folder = folder
+
+    def get(
+        self, key: str, names: list[str], compute: Callable[[], tuple[dict[str, QuantLinear], GroupReport]]
+    ) -> tuple[dict[str, QuantLinear], GroupReport]:
+        """The layers and report under ``key``, computed if they are not there."""
+        kept = self._folder.load(key) if self._folder else None
+        if kept:
+            return _restore(names, kept)
+        layers, report = compute()
+        if self._folder:
+            tensors = {f"{n}:{k}": t for n, layer in layers.items() for k, t in layer.state_dict().items()}
+            formats = {n: layer.format.to_dict() for n, layer in layers.items()}
+            self._folder.save(key, tensors, {"formats": formats, "report": dataclasses.asdict(report)})
+        return layers, report
+
+
 def _quantize_module(
     component: str,
     module: nn.Module,
     selection: models.Selection,
-    groups: list[InputGroup] | None,
+    calibration: Calibration | None,
     config: QuantizationConfig,
     run_folder: checkpoint.RunFolder | None,
     show_progress: bool,
+    stored_dtype: torch.dtype | None,
 ) -> tuple[dict[str, QuantLinear], list[GroupReport]]:
     """The quantized form of every selected layer of a module, by name; the module itself is only read."""
     weight_only = set(selection.weight_only)
-    names = [group.names for group in groups] if groups else [[n] for n in selection.quantized + selection.weight_only]
+    if calibration:
+        pairs: list[tuple[list[str], InputGroup | None]] = [(group.names, group) for group in calibration.groups]
+    else:
+        pairs = [([name], None) for name in selection.quantized + selection.weight_only]
     # layers that share an input but are treated differently cannot share its codes
-    parts = [(index, [n for n in group if (n in weight_only) == flag]) for index, group in enumerate(names)
+    split = [_Part([n for n in names if (n in weight_only) == flag], group, flag) for names, group in pairs
              for flag in (False, True)]  # fmt: skip
+    parts = [part for part in split if part.names]
+    results, probe, stack = _Results(run_folder), None, contextlib.ExitStack()
+    if config.average_bits is not None:
+        assert calibration is not None
+        if not calibration.steps:
+            raise ModelError(
+                f"average_bits: no call of {type(module).__name__} could be kept to measure on, its arguments are more "
+                "than tensors, numbers and texts; quantize it with the same bits everywhere"
+            )
+        probe = stack.enter_context(Probe(module, calibration.steps))
     replacements: dict[str, QuantLinear] = {}
     reports = []
-    for number, (index, members) in enumerate(tqdm(parts, f"quantizing {component}", disable=not show_progress)):
-        if not members:
-            continue
-        kept = run_folder.load(f"group-{number}") if run_folder else None
-        layers, report = _restore(members, kept) if kept else _quantize_group(
-            module, members, groups[index] if groups else None, config, members[0] in weight_only
-        )  # fmt: skip
-        if run_folder and not kept:
-            tensors = {f"{n}:{k}": t for n, layer in layers.items() for k, t in layer.state_dict().items()}
-            formats = {n: layer.format.to_dict() for n, layer in layers.items()}
-            run_folder.save(f"group-{number}", tensors, {"formats": formats, "report": dataclasses.asdict(report)})
-        replacements.update(layers)
-        reports.append(report)
-    for name in models.layers_stored_at_8_bits(module, selection, config):
-        replacements[name] = keep_at_8_bits(name, module.get_submodule(name), config)
-    return replacements, reports
+    with stack:
+        for number, part in enumerate(tqdm(parts, f"quantizing {component}", disable=not show_progress)):
+            layers, report = results.get(
+                f"group-{number}", part.names, lambda part=part: _quantize_group(module, part, config, probe)
+            )
+            replacements.update(layers)
+            reports.append(report)
+    kept = {
+        name: keep_at_8_bits(name, module.get_submodule(name), config)
+        for name in models.layers_stored_at_8_bits(module, selection, config)
+    }
+    if config.average_bits is not None:
+        predicted = {
+            name: {int(bits): error for bits, error in errors.items()}
+            for report in reports
+            for name, errors in report.predicted.items()
+        }
+        formats = {name: replacements[name].format for name in predicted}
+        chosen = choose_bits(
+            module, formats, predicted, {n: layer.format for n, layer in kept.items()}, config, stored_dtype
+        )
+        for number, part in enumerate(tqdm(parts, f"choosing bits of {component}", disable=not show_progress)):
+            layers, reports[number] = results.get(
+                f"chosen-{number}", part.names,
+                lambda part=part, number=number: _change_bits(
+                    module, part, config, {n: replacements[n] for n in part.names}, reports[number], chosen
+                ),
+            )  # fmt: skip
+            replacements.update(layers)
+    return replacements | kept, reports
 
 
 def _quantize_group(
-    module: nn.Module, members: list[str], group: InputGroup | None, config: QuantizationConfig, is_weight_only: bool
+    module: nn.Module, part: _Part, config: QuantizationConfig, probe: Probe | None
 ) -> tuple[dict[str, QuantLinear], GroupReport]:
-    """Choose the group's input transform and quantize its layers with it."""
-    weight_bits = max(4, config.weight_bits) if is_weight_only else config.weight_bits
-    activation_bits = 16 if is_weight_only else config.activation_bits
-    originals = {name: module.get_submodule(name) for name in members}
+    """Choose the group's input transform and quantize its layers with it; with a probe, measure what that does."""
+    weight_bits, activation_bits = part.bits(config)
+    originals = {name: module.get_submodule(name) for name in part.names}
     transform: InputTransform
-    if group is None:
-        transform = data_free_transform(originals[members[0]].in_features, config, activation_bits)
-        report = GroupReport(members, weight_bits, activation_bits, transform.rotation.kind, False, transform.clip)
+    if part.group is None:
+        transform = data_free_transform(originals[part.names[0]].in_features, config, activation_bits)
+        report = GroupReport(part.names, weight_bits, activation_bits, transform.rotation.kind, False, transform.clip)
     else:
         weights = {name: layer.weight.detach().cpu().float() for name, layer in originals.items()}
-        transform, report = choose_transform(weights, group.stats, config, weight_bits, activation_bits)
-    curvature = None
-    if group is not None and config.rounding == "compensated" and weight_bits < 8:
-        curvature = measure_curvature(transform, group.stats, activation_bits, config.damping)
-    layers = {}
-    for name, layer in originals.items():
-        owner = None if name == members[0] else members[0]
-        layers[name] = quantize_linear(
-            name, layer.weight, layer.bias, transform, config, weight_bits, activation_bits, layer.weight.dtype, owner,
-            curvature, report,
-        )  # fmt: skip
+        transform, report = choose_transform(weights, part.group.stats, config, weight_bits, activation_bits)
+    curvature = _curvature(part, transform, config, weight_bits)
+    layers = {
+        name: _quantize_layer(module, part, name, transform, config, weight_bits, curvature, report)
+        for name in part.names
+    }
+    if probe is not None:
+        for name, layer in layers.items():
+            errors = at_every_width(probe.measure(name, layer), weight_bits, part.is_weight_only)
+            report.predicted[name] = {str(bits): error for bits, error in errors.items()}
     return layers, report
 
 
-def _restore(members: list[str], kept: tuple[dict, dict]) -> tuple[dict[str, QuantLinear], GroupReport]:
+def _change_bits(
+    module: nn.Module, part: _Part, config: QuantizationConfig, layers: dict[str, QuantLinear], report: GroupReport,
+    chosen: dict[str, int],
+) -> tuple[dict[str, QuantLinear], GroupReport]:  # fmt: skip
+    """The layers of a group at the chosen weight bits, their input transform as it is."""
+    transform = layers[part.names[0]].input_transform
+    report = dataclasses.replace(report, chosen_bits={name: chosen[name] for name in part.names})
+    changed = [name for name in part.names if chosen[name] != layers[name].format.weight_bits]
+    if changed:
+        curvature = _curvature(part, transform, config, min(chosen[name] for name in changed))
+        layers |= {
+            name: _quantize_layer(module, part, name, transform, config, chosen[name], curvature, report)
+            for name in changed
+        }
+    return layers, report
+
+
+def _curvature(
+    part: _Part, transform: InputTransform, config: QuantizationConfig, weight_bits: int
+) -> Curvature | None:
+    """What compensated rounding needs; None where a layer of so many bits is rounded plainly."""
+    if part.group is None or config.rounding != "compensated" or weight_bits == 8:
+        return None
+    return measure_curvature(transform, part.group.stats, part.bits(config)[1], config.damping)
+
+
+def _quantize_layer(
+    module: nn.Module, part: _Part, name: str, transform: InputTransform, config: QuantizationConfig, weight_bits: int,
+    curvature: Curvature | None, report: GroupReport,
+) -> QuantLinear:  # fmt: skip
+    layer, owner = module.get_submodule(name), None if name == part.names[0] else part.names[0]
+    return quantize_linear(
+        name, layer.weight, layer.bias, transform, config, weight_bits, part.bits(config)[1], layer.weight.dtype, owner,
+        curvature, report,
+    )  # fmt: skip
+
+
+def _restore(names: list[str], kept: tuple[dict, dict]) -> tuple[dict[str, QuantLinear], GroupReport]:
     """Layers and report of a group that an earlier run finished."""
     tensors, values = kept
-    layers = {}
-    for name in members:
-        layer = QuantLinear(checkpoint.LinearFormat.from_dict(values["formats"][name]))
+    layers: dict[str, QuantLinear] = {}
+    for name in names:
+        layer = QuantLinear(LinearFormat.from_dict(values["formats"][name]))
         layer.load_state_dict({k.split(":", 1)[1]: t for k, t in tensors.items() if k.split(":", 1)[0] == name})
+        if layer.format.input_from is not None:
+            layer.share_input(layers[layer.format.input_from])
         layers[name] = layer
     return layers, GroupReport(**values["report"])
+
+
+def _check_budget(
+    module: nn.Module, selection: models.Selection, config: QuantizationConfig, dtype: torch.dtype | None
+) -> None:
+    """Raise before anything runs if ``average_bits`` cannot be reached even by layers without input transforms.
+
+    What the error names then leaves room for them. The budget is checked exactly once they are known.
+    """
+    names = [(name, False) for name in selection.quantized] + [(name, True) for name in selection.weight_only]
+    predicted = {name: dict.fromkeys(options(is_weight_only), 0.0) for name, is_weight_only in names}
+
+    def choose(has_transform: bool) -> None:
+        def layout(name: str, has_transform: bool) -> LinearFormat:
+            layer = module.get_submodule(name)
+            return LinearFormat(
+                layer.in_features, layer.out_features, 8, 16, table_rows=0,
+                has_bias=layer.bias is not None or has_transform, has_original_bias=layer.bias is not None,
+                has_offset=has_transform, has_scale=has_transform,
+            )  # fmt: skip
+
+        kept = {name: layout(name, False) for name in models.layers_stored_at_8_bits(module, selection, config)}
+        choose_bits(module, {name: layout(name, has_transform) for name in predicted}, predicted, kept, config, dtype)
+
+    try:
+        choose(has_transform=False)
+    except ConfigError:
+        choose(has_transform=True)
