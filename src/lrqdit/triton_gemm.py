@@ -236,8 +236,11 @@ def _rounded_up(tokens: int) -> int:
 
 
 @triton.jit
-def _load_codes(packed, column, k, first_tile, out_features, in_tiles, BITS: tl.constexpr):
-    """int32 (n, BLOCK_K): codes of output channels ``column`` (n, 1), 0 below channel 0; see lrqdit/packing.py."""
+def _load_codes(packed, column, k, first_tile, out_features, in_tiles, BITS: tl.constexpr, WHOLE: tl.constexpr):
+    """int32 (n, BLOCK_K): codes of output channels ``column`` (n, 1), 0 below channel 0; see lrqdit/packing.py.
+
+    Without WHOLE only their lowest bits are right.
+    """
     TILE_BYTES: tl.constexpr = 32 * BITS
     tile = first_tile + k // 16
     # whole tiles are stored, so bounds by tile keep sixteen inputs together in one load
@@ -251,7 +254,7 @@ def _load_codes(packed, column, k, first_tile, out_features, in_tiles, BITS: tl.
         both = tl.load(start + position // 2 * 64 + lane, mask=mask, other=0).to(tl.int32)
         return both >> position % 2 * 4 & 15
     code = tl.load(start + lane, mask=mask, other=0).to(tl.int32) >> position * 2 & 3
-    if BITS == 3:
+    if BITS == 3 and WHOLE:
         third = tl.load(start + 64 + position * 8 + lane // 8, mask=mask, other=0).to(tl.int32)
         code |= (third >> lane % 8 & 1) << 2
     return code
@@ -265,14 +268,14 @@ def _load_weight(
     """int8 (n, BLOCK_K): decoded weights of output channels n and of the input tiles from first_tile on."""
     k = tl.arange(0, BLOCK_K)[None, :]
     column = n[:, None]
-    code = _load_codes(packed, column, k, first_tile, out_features, in_tiles, BITS)
+    code = _load_codes(packed, column, k, first_tile, out_features, in_tiles, BITS, True)
     if table is None:
         return (code - 128).to(tl.int8)
     if TRELLIS:  # see lrqdit/trellis.py
-        flips = _load_codes(packed, column - 1, k, first_tile, out_features, in_tiles, BITS)
-        flips ^= _load_codes(packed, column - 6, k, first_tile, out_features, in_tiles, BITS)
-        parity = _load_codes(packed, column - 2, k, first_tile, out_features, in_tiles, BITS)
-        parity ^= _load_codes(packed, column - 4, k, first_tile, out_features, in_tiles, BITS)
+        flips = _load_codes(packed, column - 1, k, first_tile, out_features, in_tiles, BITS, False)
+        flips ^= _load_codes(packed, column - 6, k, first_tile, out_features, in_tiles, BITS, False)
+        parity = _load_codes(packed, column - 2, k, first_tile, out_features, in_tiles, BITS, False)
+        parity ^= _load_codes(packed, column - 4, k, first_tile, out_features, in_tiles, BITS, False)
         return tl.load(table + (code ^ flips & 1) * 2 + (parity & 1))
     if TABLE_STRIDE == 0:
         return tl.load(table + code)
