@@ -20,7 +20,7 @@ from torch import Tensor
 from lrqdit import activation
 from lrqdit.packing import unpack
 from lrqdit.rotation import MIN_ROWS, Rotation
-from lrqdit.trellis import level_index
+from lrqdit.trellis import find_places
 
 _TRANSFORM = (
     "Tensor x, Tensor? input_offset, Tensor? input_scale, str rotation, int[] factors, "
@@ -43,15 +43,11 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
     ``table`` is int8 (1 or out_features, 2**bits); None stands for 8-bit codes, whose value is code - 128. A table
     twice as long belongs to a trellis (:mod:`lrqdit.trellis`).
     """
-    if bits == 4 and table is not None and table.shape == (1, 16):
-        return _decode_nibbles(packed, table[0])[:out_features, :in_features].contiguous()
+    if table is not None and table.shape[0] == 1:
+        return _decode_pairs(packed, table[0], bits)[:out_features, :in_features].contiguous()
     codes = unpack(packed, out_features, in_features, bits)
     if table is None:
         return (codes.int() - 128).to(torch.int8)
-    if has_trellis(table, bits):
-        codes = level_index(codes)
-    if table.shape[0] == 1:
-        return torch.cat([table[0][chunk.int()] for chunk in codes.split(ROWS_PER_CHUNK)])
     return torch.cat(
         [
             t.gather(1, chunk.long())
@@ -65,22 +61,21 @@ def has_trellis(table: Tensor | None, bits: int) -> bool:
     return table is not None and table.shape[1] == 2 << bits
 
 
-def _decode_nibbles(packed: Tensor, table: Tensor) -> Tensor:
-    """4-bit codes of one table for all -> int8 weights of whole tiles, several times as fast as code by code.
+def _decode_pairs(packed: Tensor, table: Tensor, bits: int) -> Tensor:
+    """Codes of one table for all -> int8 weights of whole tiles, several times as fast as code by code.
 
-    Two bytes are an index into the 65536 pairs of levels, of their low halves and of their high ones: rows 4 j + 2 q
-    and the next, columns k and k + 1 (see packing.py).
+    Two neighbouring inputs' places in the table, a byte each, are an index into all pairs of levels.
     """
     out_tiles, in_tiles, _ = packed.shape
-    weight = torch.empty(out_tiles, 4, 2, 2, in_tiles, 2, dtype=torch.int64, device=packed.device)  # of 8 bytes each
-    halves = table.short().repeat(16), table.short().repeat_interleave(16)  # of every byte
-    pairs = [((half & 255) | (half[:, None] << 8)).view(1, -1) for half in halves]
+    weight = torch.empty(out_tiles, 16, in_tiles * 8, dtype=torch.int16, device=packed.device)
+    levels = table.short()
+    pairs = torch.nn.functional.pad((levels & 255) | (levels[:, None] << 8), (0, 256 - len(levels))).view(1, -1)
     tiles = 8 + CACHE_BYTES // (256 * in_tiles)
-    for part, to in zip(packed.split(tiles), weight.split(tiles), strict=True):
-        index = part.view(torch.uint16).view(len(part), -1).long()
-        for i, levels in enumerate(pairs):
-            found = levels.expand(len(part), -1).gather(1, index).view(torch.int64)
-            to[:, :, :, i] = found.view(len(part), in_tiles, 2, 4, 2).permute(0, 3, 2, 1, 4)
+    for start in range(0, out_tiles, tiles):
+        stop = min(start + tiles, out_tiles)
+        places = find_places(packed, start, stop, bits, has_trellis(table[None], bits))
+        index = places.view(torch.uint16).view(stop - start, -1).long()
+        weight[start:stop] = pairs.expand(stop - start, -1).gather(1, index).view(stop - start, 16, -1)
     return weight.view(torch.int8).view(16 * out_tiles, 16 * in_tiles)
 
 

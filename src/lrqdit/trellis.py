@@ -70,6 +70,47 @@ def level_index(codes: Tensor) -> Tensor:
     return (chosen.int() << 1).add_((earlier(2) ^ earlier(4)) & 1)
 
 
+def find_places(packed: Tensor, start: int, stop: int, bits: int, is_trellis: bool) -> Tensor:
+    """Which level of a layer's table each code of the output tiles start ... stop - 1 stands for.
+
+    The path is followed on packed bytes, which hold the codes of several channels: uint8 (tiles, input tiles, 32 bits),
+    see packing.py, -> uint8 (16 * (stop - start), 16 * input tiles).
+    """
+    in_tiles, planes, width = packed.shape[1], max(1, bits // 2), 16 * packed.shape[1]
+    tiles = packed[max(0, start - 1) : stop]
+    count = len(tiles)
+    # (tile, input tile, plane, lane, k) -> (plane, lane of every tile, all inputs)
+    lanes = tiles[:, :, : 64 * planes].view(count, in_tiles, planes, 4, 16).permute(2, 0, 3, 1, 4)
+    lanes = lanes.reshape(planes, 4 * count, width)
+    if start == 0:
+        lanes = torch.nn.functional.pad(lanes, (0, 0, 4, 0))
+    x = list(lanes[:, 4:])
+    if is_trellis:
+        y, z = lanes[:, 3:-1], lanes[:, 2:-2]
+        if bits == 4:
+            parity = [y[0] ^ y[1], x[0] ^ y[1]]
+            flips = [(x[0] << 4 | y[1] >> 4) ^ z[1], (x[1] << 4 | x[0] >> 4) ^ y[0]]
+            x = [plane ^ flip.bitwise_and_(0x11) for plane, flip in zip(x, flips, strict=True)]
+        else:
+            parity = [(x[0] << 4 | y[0] >> 4) ^ y[0]]
+            flips = [(x[0] << 2 | y[0] >> 6) ^ (y[0] << 4 | z[0] >> 4)]
+            x = [x[0] ^ flips[0].bitwise_and_(0x55)]
+    places = torch.empty(len(x[0]), 4, width, dtype=torch.uint8, device=packed.device)  # channel 4 lane + position
+    for position in range(4):
+        plane, shift = divmod(position, 2) if bits == 4 else (0, position)
+        shift *= 4 if bits == 4 else 2
+        place = torch.bitwise_and(x[plane] >> shift, 15 if bits == 4 else 3, out=places[:, position])
+        if bits == 3:
+            start_byte = 64 + 8 * position
+            third = tiles[count - (stop - start) :, :, start_byte : start_byte + 8].view(-1, in_tiles, 4, 2)
+            third = third.permute(0, 2, 1, 3).reshape(-1, 2 * in_tiles, 1)
+            third = third >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+            place |= third.view(-1, width) << 2
+        if is_trellis:
+            place.bitwise_left_shift_(1).bitwise_or_(parity[plane] >> shift & 1)
+    return places.view(-1, width)
+
+
 def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
     """Double the levels of a scalar codebook, fitted to ``weight`` (out, in), into those of a trellis.
 
