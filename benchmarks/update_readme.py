@@ -79,8 +79,9 @@ def quality_table() -> list[str]:
         "| setting | method | true bits | error x 1000 | over lrq-dit-paper | PSNR | SSIM | latent error |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    order = list(dict.fromkeys(row["bits"] for row in results["rows"]))
-    for row in sorted(results["rows"], key=lambda row: (order.index(row["bits"]), row["image_mse"])):
+    order = ["w4a8", "w3a8", "w4a4", "w3a4"]
+    rows = [row for row in results["rows"] if row["bits"] in order]
+    for row in sorted(rows, key=lambda row: (order.index(row["bits"]), row["image_mse"])):
         low, high = (1000 * v for v in row["image_mse_interval"])
         over = "-"
         if "over_paper" in row:
