@@ -56,6 +56,17 @@ def test_compensation_wins_on_fresh_tokens(bits):
     assert output_error(codes, book, weight, fresh, bits) < 0.7 * plain
 
 
+def test_wide_layers_are_factored_in_parts(monkeypatch):
+    """Parts of 24 of 64 columns compensate less than the whole, and still far better than rounding plainly."""
+    weight, levels, tokens = setting()
+    _, _, whole = round_weight(weight, levels, tokens, 16, held_out=correlated(200, 64, seed=7))
+    monkeypatch.setattr(compensate, "MAX_FACTORED", 24)
+    curvature = compensate.measure_curvature(plain_transform(64), observe(tokens), 16, DAMPING)
+    assert (curvature.upper[:22, 22:] == 0).all() and (curvature.upper[:21, 21] != 0).any()
+    _, _, parts = round_weight(weight, levels, tokens, 16, held_out=correlated(200, 64, seed=7))
+    assert whole["gptq"] < parts["gptq"] < 0.85
+
+
 def test_hessian_is_that_of_the_transformed_tokens():
     """Centred, scaled and rotated on both sides, at any width."""
     tokens = correlated(500, 48) + 3
