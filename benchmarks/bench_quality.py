@@ -7,10 +7,12 @@ after every row, so a killed run continues where it stopped.
     python benchmarks/bench_quality.py --presets lrqdit rtn --bits w3a8
     python benchmarks/bench_quality.py --check                        # recompute a few rows, compare with the results
     python benchmarks/bench_quality.py --layers                       # error of single layers of realistic inputs
+    python benchmarks/bench_quality.py --pictures FILE.png --presets lrqdit rtn --bits w3a4
     python benchmarks/bench_quality.py --model FOLDER --prompts FILE --out my.json
 
 `lrqdit` is this package's default and `lrq-dit-paper` the published method, both as packed layers; every other preset
 is a recipe of `lrqdit.presets`, simulated. True bits count everything, layers kept in float at 16 bits.
+`--presets package:NAME` runs another package itself (`packages.py`), where it is installed and has the setting.
 """
 
 import argparse
@@ -39,11 +41,13 @@ from lrqdit.simulate import simulate
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_captions  # noqa: E402
+import packages  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SETTINGS = ("w4a8", "w4a4", "w3a8", "w3a6", "w3a4", "w2a4")
 OURS = {"lrqdit": "auto", "lrq-dit-paper": "paper"}
 PRESETS = (*OURS, *RECIPES)
+PACKAGES = {f"package:{name}": name for name in packages.PACKAGES}
 CHECKED = (("lrqdit", "w3a8"), ("rtn", "w4a4"))
 CHECKED_PICTURES, CHECK_TOLERANCE = 16, 0.15
 BATCH, SEED = 16, 1000
@@ -111,8 +115,11 @@ def quantize(pipeline: Any, preset: str, bits: str, calibration: dict[str, list[
         found = measure_size(modules.half()).true_bits
         modules.float()
         return found
+    both = config.weight_bits, config.activation_bits
     reports = [
-        simulate(getattr(pipeline, name), RECIPES[preset], groups, config.weight_bits, config.activation_bits)
+        packages.quantize(PACKAGES[preset], getattr(pipeline, name), groups, *both)
+        if preset in PACKAGES
+        else simulate(getattr(pipeline, name), RECIPES[preset], groups, *both)
         for name, groups in calibration.items()
     ]
     return sum(report.bits for report in reports) / sum(report.parameters for report in reports)
@@ -221,13 +228,27 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
+def measurable(presets: list[str], bits: str) -> list[str]:
+    """The presets but for packages that are not installed or lack the setting, which are said to be left out."""
+    config, kept = QuantizationConfig.from_name(bits), []
+    for preset in presets:
+        reason = ""
+        if preset in PACKAGES:
+            reason = packages.why_missing(PACKAGES[preset], config.weight_bits, config.activation_bits)
+        if reason:
+            print(f"{preset:>18} {bits}: left out, {reason}", flush=True)
+        else:
+            kept.append(preset)
+    return kept
+
+
 def run_all(args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(args)
     results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() and not args.fresh else {}
     if results.get("setup") != bench.setup():
         results = {"setup": bench.setup(), "rows": []} | {k: v for k, v in results.items() if k == "layers"}
     for bits in args.bits:
-        for preset in args.presets:
+        for preset in measurable(args.presets, bits):
             if any((row["preset"], row["bits"]) == (preset, bits) for row in results["rows"]):
                 continue
             results["rows"].append(bench.run(preset, bits))
@@ -336,7 +357,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=demo.MODEL_FOLDER, help="folder of a diffusers pipeline")
     parser.add_argument("--prompts", type=Path, help="one prompt in each line")
     parser.add_argument("--calibration-prompts", type=Path, help="one prompt in each line")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS)
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=(*PRESETS, *PACKAGES))
     parser.add_argument("--bits", nargs="+", default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=demo.GUIDANCE_SCALE)
