@@ -37,6 +37,7 @@ from lrqdit.compensate import measure_curvature
 from lrqdit.config import QuantizationConfig
 from lrqdit.fit import choose_transform, quantize_linear
 from lrqdit.presets import RECIPES
+from lrqdit.report import picture_grid
 from lrqdit.simulate import simulate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,6 +53,7 @@ CHECKED = (("lrqdit", "w3a8"), ("rtn", "w4a4"))
 CHECKED_PICTURES, CHECK_TOLERANCE = 16, 0.15
 BATCH, SEED = 16, 1000
 BOOTSTRAPS = 10_000
+SHOWN_PRESETS, SHOWN_PICTURES, CELL_PIXELS = ("lrqdit", "lrq-dit-paper", "quarot+gptq", "q-dit", "rtn"), 6, 128
 
 
 def load(folder: Path) -> Any:
@@ -289,7 +291,8 @@ def synthetic_inputs(width: int) -> dict[str, Callable[[int], Tensor]]:
 
     def salient(seed: int) -> Tensor:
         x = gaussian(seed)
-        x[:, places[:6]] *= 200
+        # loud enough to take up a token's steps, and not so loud that the others do not count: a third of the output
+        x[:, places[:6]] *= 20
         return x
 
     def offset(seed: int) -> Tensor:
@@ -346,6 +349,44 @@ def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> l
     return rows
 
 
+def print_layers(rows: list[dict[str, Any]]) -> None:
+    """One line for each preset, its error for each input and setting, by the geometric mean of all."""
+    cells = list(dict.fromkeys((row["input"], row["bits"]) for row in rows))
+    errors: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        errors.setdefault(row["preset"], {})[row["input"], row["bits"]] = row["error"]
+    means = {preset: float(np.exp(np.mean(np.log(list(found.values()))))) for preset, found in errors.items()}
+    print(f"{'':>18} {'mean':>14} " + " ".join(f"{name:>14}" for name, _ in cells))
+    print(f"{'':>18} {'':>14} " + " ".join(f"{bits:>14}" for _, bits in cells))
+    for preset in sorted(means, key=lambda preset: means[preset]):
+        values = " ".join(f"{errors[preset][cell]:14.4f}" for cell in cells)
+        print(f"{preset:>18} {means[preset]:14.4f} {values}")
+
+
+def draw_pictures(args: argparse.Namespace) -> None:
+    """A labelled grid of the first batch's pictures, so each one is that of the rows: originals, then each preset."""
+    bench = Bench(args)
+    prompts = bench.prompts[:BATCH]
+    shown = range(0, len(prompts), 3)[:SHOWN_PICTURES]
+
+    def draw(pipeline: Any) -> list[pipelines.Sample]:
+        samples = generate(pipeline, prompts, args.steps, args.guidance_scale)
+        return [samples[i] for i in shown]
+
+    references = draw(bench.original)
+    rows = [("original", references)]
+    for bits in args.bits:
+        for preset in measurable(args.presets, bits):
+            pipeline = load(bench.folder)
+            true_bits = quantize(pipeline, preset, bits, bench.calibration)
+            samples = draw(pipeline)
+            psnr = evaluate.compare(references, samples)["metrics"]["psnr"]
+            rows.append((f"{preset} {bits}: {true_bits:.2f} bits, {psnr:.1f} dB", samples))
+            print(rows[-1][0], flush=True)
+    cells = [(label, [sample.picture for sample in samples]) for label, samples in rows]
+    picture_grid(cells, [prompts[i] for i in shown], CELL_PIXELS).save(args.pictures)
+
+
 def write(path: Path, results: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(results, indent=1))
@@ -357,8 +398,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=demo.MODEL_FOLDER, help="folder of a diffusers pipeline")
     parser.add_argument("--prompts", type=Path, help="one prompt in each line")
     parser.add_argument("--calibration-prompts", type=Path, help="one prompt in each line")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=(*PRESETS, *PACKAGES))
-    parser.add_argument("--bits", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--presets", nargs="+", choices=(*PRESETS, *PACKAGES))
+    parser.add_argument("--bits", nargs="+")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=demo.GUIDANCE_SCALE)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -366,7 +407,10 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--pictures", type=Path, help="PNG file of a few pictures of each preset beside the originals")
     args = parser.parse_args()
+    args.presets = args.presets or list(SHOWN_PRESETS if args.pictures else PRESETS)
+    args.bits = args.bits or list(("w3a4",) if args.pictures else SETTINGS)
     torch.set_grad_enabled(False)
     if args.check:
         check(args)
@@ -374,6 +418,9 @@ def main() -> None:
         results = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
         results["layers"] = run_layers(("w4a8", "w4a4"))
         write(args.out, results)
+        print_layers(results["layers"])
+    elif args.pictures:
+        draw_pictures(args)
     else:
         results = run_all(args)
         print(json.dumps({"rows": [{k: v for k, v in r.items() if k != "squared_errors"} for r in results["rows"]]}))
