@@ -5,7 +5,8 @@ after every row, so a killed run continues where it stopped.
 
     python benchmarks/bench_quality.py                                # everything that is missing in the results
     python benchmarks/bench_quality.py --presets lrqdit rtn --bits w3a8
-    python benchmarks/bench_quality.py --check                        # recompute a few rows, compare with the results
+    python benchmarks/bench_quality.py --check                        # recompute a few rows, or those that are named,
+                                                                      # and compare with the results
     python benchmarks/bench_quality.py --layers                       # error of single layers of realistic inputs
     python benchmarks/bench_quality.py --pictures FILE.png --presets lrqdit rtn --bits w3a4
     python benchmarks/bench_quality.py --model FOLDER --prompts FILE --out my.json
@@ -261,12 +262,15 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Recompute the first pictures of a few rows; exit with an error where the results say something else."""
+    """Recompute the first pictures of a few rows, or of those asked for; exit with an error where one differs."""
     bench, committed, failed = Bench(args), json.loads(args.out.read_text()), []
     if committed["setup"] != bench.setup():
         raise SystemExit(f"the results have another setup: {committed['setup']}")
-    for preset, bits in CHECKED:
-        expected = next(row for row in committed["rows"] if (row["preset"], row["bits"]) == (preset, bits))
+    rows = {(row["preset"], row["bits"]): row for row in committed["rows"]}
+    asked = [(preset, bits) for bits in args.bits or SETTINGS for preset in args.presets or ()]
+    for preset, bits in asked or CHECKED:
+        if (expected := rows.get((preset, bits))) is None:
+            raise SystemExit(f"the results have no {preset} {bits}")
         found = bench.run(preset, bits, CHECKED_PICTURES)
         wanted = float(np.mean(expected["squared_errors"][:CHECKED_PICTURES]))
         difference = found["image_mse"] / wanted - 1
@@ -409,8 +413,9 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--pictures", type=Path, help="PNG file of a few pictures of each preset beside the originals")
     args = parser.parse_args()
-    args.presets = args.presets or list(SHOWN_PRESETS if args.pictures else PRESETS)
-    args.bits = args.bits or list(("w3a4",) if args.pictures else SETTINGS)
+    if not args.check:
+        args.presets = args.presets or list(SHOWN_PRESETS if args.pictures else PRESETS)
+        args.bits = args.bits or list(("w3a4",) if args.pictures else SETTINGS)
     torch.set_grad_enabled(False)
     if args.check:
         check(args)

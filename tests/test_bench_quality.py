@@ -153,11 +153,22 @@ def test_check(bench, monkeypatch, tmp_path, errors, true_bits, setup, message):
     row = {"preset": "rtn", "bits": "w4a4", "true_bits": true_bits, "squared_errors": errors}
     out = tmp_path / "results.json"
     out.write_text(json.dumps({"setup": {"pictures": setup}, "rows": [row]}))
-    args = SimpleNamespace(out=out)
+    args = SimpleNamespace(out=out, presets=None, bits=None)
     if not message:
         return bench.check(args)
     with pytest.raises(SystemExit, match=message):
         bench.check(args)
+
+
+def test_check_of_named_rows(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "Bench", FakeBench)
+    out = tmp_path / "results.json"
+    row = {"preset": "gptq", "bits": "w3a8", "true_bits": 4.5, "squared_errors": [2.0] * 20}
+    out.write_text(json.dumps({"setup": {"pictures": 20}, "rows": [row]}))
+    bench.check(SimpleNamespace(out=out, presets=["gptq"], bits=["w3a8"]))
+    assert "gptq w3a8: error +0.0%" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no rtn w3a8"):
+        bench.check(SimpleNamespace(out=out, presets=["rtn"], bits=["w3a8"]))
 
 
 def test_packages_that_are_left_out(bench, monkeypatch, capsys):
