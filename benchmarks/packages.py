@@ -8,6 +8,7 @@ its reason (:func:`why_missing`). Bits are read off the tensors that the package
 
 import copy
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def _sdnq(**options: bool) -> Convert:
     def convert(layer: nn.Linear, stats: ActivationStats, weight_bits: int, activation_bits: int) -> nn.Module:
         from sdnq.quantizer import SDNQConfig, sdnq_quantize_layer
 
+        logging.getLogger("sdnq").setLevel(logging.ERROR)  # for each layer: that Triton would be faster
         config = SDNQConfig(weights_dtype=f"uint{weight_bits}", use_quantized_matmul=activation_bits == 8, **options)
         return sdnq_quantize_layer(layer, config)[0]
 
