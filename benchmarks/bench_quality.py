@@ -316,7 +316,7 @@ def synthetic_inputs(width: int) -> dict[str, Callable[[int], Tensor]]:
 
 
 def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> list[dict[str, Any]]:
-    """Relative squared error of the varying part of a layer's output on fresh tokens."""
+    """Relative squared error of the varying part of a layer's output on fresh tokens, and the layer's bits a weight."""
     weight = torch.randn(height, width, generator=torch.Generator().manual_seed(5)) / width**0.5
     rows = []
     for name, draw in synthetic_inputs(width).items():
@@ -340,31 +340,36 @@ def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> l
                     layer: nn.Module = quantize_linear(
                         "layer", weight, None, transform, config, *both, torch.float32, None, curvature, report
                     )
+                    true_bits = packages.stored_bits(layer) / weight.numel()
                 else:
                     model = nn.Sequential(nn.Linear(width, height, bias=False))
                     model[0].weight.data.copy_(weight)
                     groups = [InputGroup(["0"], stats)]
-                    simulate(model, RECIPES[preset], groups, config.weight_bits, config.activation_bits)
+                    true_bits = simulate(
+                        model, RECIPES[preset], groups, config.weight_bits, config.activation_bits
+                    ).true_bits
                     layer = model[0]
                 with torch.no_grad():
                     error = float((layer(x) - target).square().sum()) / varying
-                rows.append({"input": name, "preset": preset, "bits": setting, "error": error})
+                row = {"input": name, "preset": preset, "bits": setting, "true_bits": true_bits, "error": error}
+                rows.append(row)
                 print(f"{name:>15} {preset:>18} {setting}: {error:.4f}", flush=True)
     return rows
 
 
 def print_layers(rows: list[dict[str, Any]]) -> None:
-    """One line for each preset, its error for each input and setting, by the geometric mean of all."""
+    """One line for each preset: bits, the geometric mean of its errors, and the error of each input and setting."""
     cells = list(dict.fromkeys((row["input"], row["bits"]) for row in rows))
     errors: dict[str, dict[tuple[str, str], float]] = {}
     for row in rows:
         errors.setdefault(row["preset"], {})[row["input"], row["bits"]] = row["error"]
     means = {preset: float(np.exp(np.mean(np.log(list(found.values()))))) for preset, found in errors.items()}
-    print(f"{'':>18} {'mean':>14} " + " ".join(f"{name:>14}" for name, _ in cells))
-    print(f"{'':>18} {'':>14} " + " ".join(f"{bits:>14}" for _, bits in cells))
+    print(f"{'':>18} {'':>5} {'':>7} " + " ".join(f"{name:>14}" for name, _ in cells))
+    print(f"{'':>18} {'bits':>5} {'mean':>7} " + " ".join(f"{bits:>14}" for _, bits in cells))
     for preset in sorted(means, key=lambda preset: means[preset]):
+        true_bits = np.mean([row["true_bits"] for row in rows if row["preset"] == preset])
         values = " ".join(f"{errors[preset][cell]:14.4f}" for cell in cells)
-        print(f"{preset:>18} {means[preset]:14.4f} {values}")
+        print(f"{preset:>18} {true_bits:5.2f} {means[preset]:7.4f} {values}")
 
 
 def draw_pictures(args: argparse.Namespace) -> None:

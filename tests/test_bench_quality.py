@@ -71,6 +71,7 @@ def test_every_method_runs_on_a_layer(bench):
     assert {row["preset"] for row in rows} == set(bench.PRESETS)
     error = {(row["input"], row["preset"]): row["error"] for row in rows}
     assert error["offset", "lrqdit"] < 0.1 < error["offset", "quarot"]
+    assert all(row["true_bits"] > 4 for row in rows)
 
 
 def test_layer_inputs_are_what_they_say(bench):
@@ -97,12 +98,12 @@ def test_layer_inputs_are_what_they_say(bench):
 
 def test_layer_table(bench, capsys):
     rows = [
-        {"input": "salient", "preset": preset, "bits": bits, "error": error}
+        {"input": "salient", "preset": preset, "bits": bits, "true_bits": 4.25, "error": error}
         for preset, bits, error in (("a", "w4a8", 0.4), ("a", "w4a4", 0.9), ("b", "w4a8", 0.1), ("b", "w4a4", 0.4))
     ]
     bench.print_layers(rows)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[2:]] == [["b", "0.2000"], ["a", "0.6000"]]
+    assert [line.split()[:3] for line in lines[2:]] == [["b", "4.25", "0.2000"], ["a", "4.25", "0.6000"]]
 
 
 class FakeBench:
