@@ -186,7 +186,7 @@ def test_packages_that_are_left_out(bench, monkeypatch, capsys):
 MATCHING = {
     "optimum-quanto": (Recipe("", group=96), 4, 16, 0.15),
     "torchao": (Recipe("", group=32, levels="symmetric", tokens="affine"), 4, 8, 0.15),
-    "sdnq": (Recipe("", group=48), 4, 8, 0.15),
+    "sdnq": (Recipe("", group=96), 4, 8, 0.15),
     "orbitquant": (RECIPES["orbitquant"], 4, 4, 0.15),
     "orbitquant+gptq": (RECIPES["orbitquant+gptq"], 3, 4, 0.15),
 }
