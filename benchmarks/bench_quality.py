@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,22 @@ def load(folder: Path) -> Any:
     return pipelines.load_pipeline(folder, torch.float32, "cpu")
 
 
-def generate(pipeline: Any, prompts: list[str], steps: int | None, guidance: float | None) -> list[pipelines.Sample]:
-    """A picture for each prompt with a seed of its own, in batches."""
-    samples = []
+def generate(
+    pipeline: Any, prompts: list[str], steps: int | None, guidance: float | None, places: Sequence[int] = ()
+) -> list[pipelines.Sample]:
+    """A picture for each prompt with a seed of its own, in batches; places: where some prompts stand among all."""
+    samples, places = [], places or range(len(prompts))
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pil"}
     call = {name: value for name, value in call.items() if value is not None} | models.call_arguments(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
-        generators = [torch.Generator("cpu").manual_seed(SEED + start + i) for i in range(len(batch))]
+        seeds = [SEED + place for place in places[start : start + BATCH]]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         with pipelines._recorded_latents(pipeline) as latents, torch.no_grad():
             images = pipeline(prompt=batch, generator=generators, **call).images
         kept = latents[-1].detach().float().cpu()
-        samples += [
-            pipelines.Sample(prompt, SEED + start + i, (images[i],), kept[i : i + 1]) for i, prompt in enumerate(batch)
-        ]
+        samples += [pipelines.Sample(prompt, seeds[i], (images[i],), kept[i : i + 1]) for i, prompt in enumerate(batch)]
     return samples
 
 
@@ -373,14 +374,13 @@ def print_layers(rows: list[dict[str, Any]]) -> None:
 
 
 def draw_pictures(args: argparse.Namespace) -> None:
-    """A labelled grid of the first batch's pictures, so each one is that of the rows: originals, then each preset."""
+    """A labelled grid of some of the rows' prompts with the same seeds: the originals, then each preset."""
     bench = Bench(args)
-    prompts = bench.prompts[:BATCH]
-    shown = range(0, len(prompts), 3)[:SHOWN_PICTURES]
+    places = range(0, len(bench.prompts), -(-len(bench.prompts) // SHOWN_PICTURES))
+    prompts = [bench.prompts[place] for place in places]
 
     def draw(pipeline: Any) -> list[pipelines.Sample]:
-        samples = generate(pipeline, prompts, args.steps, args.guidance_scale)
-        return [samples[i] for i in shown]
+        return generate(pipeline, prompts, args.steps, args.guidance_scale, places)
 
     references = draw(bench.original)
     rows = [("original", references)]
@@ -393,7 +393,7 @@ def draw_pictures(args: argparse.Namespace) -> None:
             rows.append((f"{preset} {bits}: {true_bits:.2f} bits, {psnr:.1f} dB", samples))
             print(rows[-1][0], flush=True)
     cells = [(label, [sample.picture for sample in samples]) for label, samples in rows]
-    picture_grid(cells, [prompts[i] for i in shown], CELL_PIXELS).save(args.pictures)
+    picture_grid(cells, prompts, CELL_PIXELS).save(args.pictures)
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

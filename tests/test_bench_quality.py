@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import importlib.util
 import json
@@ -119,9 +120,27 @@ class FakeBench:
         return {"image_mse": 2.0, "true_bits": 4.5}
 
 
+def test_seeds_follow_the_places(bench, monkeypatch):
+    class Pipeline:
+        def set_progress_bar_config(self, disable):
+            pass
+
+        def __call__(self, prompt, generator, **_):
+            return SimpleNamespace(images=[torch.randn(3, generator=g) for g in generator])
+
+    monkeypatch.setattr(bench.pipelines, "_recorded_latents", lambda _: contextlib.nullcontext([torch.zeros(16, 1)]))
+    monkeypatch.setattr(bench.models, "call_arguments", lambda _: {})
+    every = bench.generate(Pipeline(), [f"caption {i}" for i in range(40)], 1, 1.0)
+    some = bench.generate(Pipeline(), ["caption 7", "caption 33"], 1, 1.0, (7, 33))
+    assert [sample.seed for sample in some] == [1007, 1033]
+    for sample, place in zip(some, (7, 33), strict=True):
+        assert torch.equal(sample.picture, every[place].picture) and sample.prompt == every[place].prompt
+
+
 def test_pictures(bench, monkeypatch, tmp_path, capsys):
-    def generate(pipeline, prompts, steps, guidance):
-        return [SimpleNamespace(picture=Image.new("RGB", (8, 8), (pipeline, 10 * i, 0))) for i in range(len(prompts))]
+    def generate(pipeline, prompts, steps, guidance, places):
+        assert prompts == [f"caption {place}" for place in places]
+        return [SimpleNamespace(picture=Image.new("RGB", (8, 8), (pipeline, 10 * place, 0))) for place in places]
 
     monkeypatch.setattr(bench, "Bench", FakeBench)
     monkeypatch.setattr(bench, "generate", generate)
@@ -133,7 +152,7 @@ def test_pictures(bench, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == "rtn w3a4: 3.46 bits, 21.0 dB"
     grid = Image.open(args.pictures).convert("RGB")
     colours = {colour for _, colour in grid.getcolors(100_000)}
-    assert {(red, 10 * i, 0) for red in (0, 200) for i in (0, 3, 6, 9, 12, 15)} <= colours
+    assert {(red, 10 * i, 0) for red in (0, 200) for i in (0, 4, 8, 12, 16)} <= colours
 
 
 @pytest.mark.parametrize(
