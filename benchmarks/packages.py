@@ -82,7 +82,7 @@ def orbitquant(layer: nn.Linear, stats: ActivationStats, weight_bits: int, activ
     """orbitquant: permuted block Hadamard, Lloyd-Max levels for weights and tokens, no calibration.
 
     Its policies would choose other layers (and wider 2-bit ones); here it gets the layers that everyone gets. With
-    8-bit tokens the levels are those of its first version: the exact ones of the second take hours to find at 8 bits.
+    8-bit tokens the levels are those of its first version: the search for the second's exact ones is too slow there.
     """
     from orbitquant.layers import OrbitQuantLinear
 
