@@ -5,13 +5,17 @@ after every row, so a killed run continues where it stopped.
 
     python benchmarks/bench_quality.py                                # everything that is missing in the results
     python benchmarks/bench_quality.py --presets lrqdit rtn --bits w3a8
-    python benchmarks/bench_quality.py --check                        # recompute a few rows, compare with the results
+    python benchmarks/bench_quality.py --check                        # recompute a few rows, or those that are named,
+                                                                      # and compare with the results
     python benchmarks/bench_quality.py --layers                       # error of single layers of realistic inputs
+    python benchmarks/bench_quality.py --pictures FILE.png --presets lrqdit rtn --bits w3a4
     python benchmarks/bench_quality.py --model FOLDER --prompts FILE --out my.json
 
-`lrqdit` is this package's default and `lrq-dit-paper` the published method, both as packed layers; `lrqdit-equal-bits`
-is the default with mixed precision, given the true bits of `lrq-dit-paper` at the same setting; every other preset is a
-recipe of `lrqdit.presets`, simulated. True bits count everything, layers kept in float at 16 bits.
+`lrqdit` is this package's default and `lrq-dit-paper` the published method, both as packed layers. `lrqdit-mixed` is
+the default with mixed precision, given no more true bits than `lrqdit` takes at the same setting, and
+`lrqdit-equal-bits` the same, given those of `lrq-dit-paper`. Every other preset is a recipe of `lrqdit.presets`,
+simulated. True bits count everything, layers kept in float at 16 bits. `--presets package:NAME` runs another package
+itself (`packages.py`), where it is installed and has the setting.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +41,24 @@ from lrqdit.config import QuantizationConfig
 from lrqdit.fit import choose_transform, quantize_linear
 from lrqdit.presets import RECIPES
 from lrqdit.recording import Calibration
+from lrqdit.report import picture_grid
 from lrqdit.simulate import simulate
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_captions  # noqa: E402
+import packages  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SETTINGS = ("w4a8", "w4a4", "w3a8", "w3a6", "w3a4", "w2a4")
 OURS = {"lrqdit": "auto", "lrq-dit-paper": "paper"}
-EQUAL_BITS = "lrqdit-equal-bits"
-PRESETS = (*OURS, EQUAL_BITS, *RECIPES)
+BUDGETS = {"lrqdit-mixed": "lrqdit", "lrqdit-equal-bits": "lrq-dit-paper"}  # whose true bits mixed precision is given
+PRESETS = (*OURS, *BUDGETS, *RECIPES)
+PACKAGES = {f"package:{name}": name for name in packages.PACKAGES}
 CHECKED = (("lrqdit", "w3a8"), ("rtn", "w4a4"))
 CHECKED_PICTURES, CHECK_TOLERANCE = 16, 0.15
 BATCH, SEED = 16, 1000
 BOOTSTRAPS = 10_000
+SHOWN_PRESETS, SHOWN_PICTURES, CELL_PIXELS = ("lrqdit", "lrq-dit-paper", "quarot+gptq", "q-dit", "rtn"), 6, 128
 
 
 def load(folder: Path) -> Any:
@@ -58,21 +66,22 @@ def load(folder: Path) -> Any:
     return pipelines.load_pipeline(folder, torch.float32, "cpu")
 
 
-def generate(pipeline: Any, prompts: list[str], steps: int | None, guidance: float | None) -> list[pipelines.Sample]:
-    """A picture for each prompt with a seed of its own, in batches."""
-    samples = []
+def generate(
+    pipeline: Any, prompts: list[str], steps: int | None, guidance: float | None, places: Sequence[int] = ()
+) -> list[pipelines.Sample]:
+    """A picture for each prompt with a seed of its own, in batches; places: where some prompts stand among all."""
+    samples, places = [], places or range(len(prompts))
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pil"}
     call = {name: value for name, value in call.items() if value is not None} | models.call_arguments(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
-        generators = [torch.Generator("cpu").manual_seed(SEED + start + i) for i in range(len(batch))]
+        seeds = [SEED + place for place in places[start : start + BATCH]]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         with pipelines._recorded_latents(pipeline) as latents, torch.no_grad():
             images = pipeline(prompt=batch, generator=generators, **call).images
         kept = latents[-1].detach().float().cpu()
-        samples += [
-            pipelines.Sample(prompt, SEED + start + i, (images[i],), kept[i : i + 1]) for i, prompt in enumerate(batch)
-        ]
+        samples += [pipelines.Sample(prompt, seeds[i], (images[i],), kept[i : i + 1]) for i, prompt in enumerate(batch)]
     return samples
 
 
@@ -110,7 +119,7 @@ def quantize(
 ) -> float:
     """Quantize in place; returns the true bits."""
     config = QuantizationConfig.from_name(bits)
-    if preset in OURS or preset == EQUAL_BITS:
+    if preset in OURS or preset in BUDGETS:
         lrqdit.quantize(
             pipeline, bits, mode=OURS.get(preset, "auto"), calibration=calibration, average_bits=average_bits,
             stored_dtypes=dict.fromkeys(calibration, torch.float16), show_progress=False,
@@ -118,8 +127,11 @@ def quantize(
         found = measure_size(pipelines.denoisers(pipeline).half()).true_bits
         pipelines.denoisers(pipeline).float()
         return found
+    both = config.weight_bits, config.activation_bits
     reports = [
-        simulate(getattr(pipeline, name), RECIPES[preset], found.groups, config.weight_bits, config.activation_bits)
+        packages.quantize(PACKAGES[preset], getattr(pipeline, name), found.groups, *both)
+        if preset in PACKAGES
+        else simulate(getattr(pipeline, name), RECIPES[preset], found.groups, *both)
         for name, found in calibration.items()
     ]
     return sum(report.bits for report in reports) / sum(report.parameters for report in reports)
@@ -182,12 +194,12 @@ class Bench:
             print(f"calibration: {time.monotonic() - start:.0f} s", flush=True)
         return self._calibration
 
-    def paper_bits(self, bits: str, rows: list[dict[str, Any]]) -> float:
-        """True bits of the paper's method at a setting: those of its row, or counted."""
+    def true_bits(self, preset: str, bits: str, rows: list[dict[str, Any]]) -> float:
+        """True bits of a preset at a setting: those of its row, or counted."""
         for row in rows:
-            if (row["preset"], row["bits"]) == ("lrq-dit-paper", bits):
+            if (row["preset"], row["bits"]) == (preset, bits):
                 return row["true_bits"]
-        return quantize(load(self.folder), "lrq-dit-paper", bits, self.calibration)
+        return quantize(load(self.folder), preset, bits, self.calibration)
 
     def run(
         self, preset: str, bits: str, count: int | None = None, rows: list[dict[str, Any]] | None = None
@@ -199,7 +211,7 @@ class Bench:
                                        self.guidance)  # fmt: skip
         references = self.references[: len(prompts)]
         calibration = self.calibration
-        average_bits = self.paper_bits(bits, rows or []) if preset == EQUAL_BITS else None
+        average_bits = self.true_bits(BUDGETS[preset], bits, rows or []) if preset in BUDGETS else None
         pipeline = load(self.folder)
         start = time.monotonic()
         true_bits = quantize(pipeline, preset, bits, calibration, average_bits)
@@ -238,13 +250,27 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
+def measurable(presets: list[str], bits: str) -> list[str]:
+    """The presets but for packages that are not installed or lack the setting, which are said to be left out."""
+    config, kept = QuantizationConfig.from_name(bits), []
+    for preset in presets:
+        reason = ""
+        if preset in PACKAGES:
+            reason = packages.why_missing(PACKAGES[preset], config.weight_bits, config.activation_bits)
+        if reason:
+            print(f"{preset:>18} {bits}: left out, {reason}", flush=True)
+        else:
+            kept.append(preset)
+    return kept
+
+
 def run_all(args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(args)
     results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() and not args.fresh else {}
     if results.get("setup") != bench.setup():
         results = {"setup": bench.setup(), "rows": []} | {k: v for k, v in results.items() if k == "layers"}
     for bits in args.bits:
-        for preset in args.presets:
+        for preset in measurable(args.presets, bits):
             if any((row["preset"], row["bits"]) == (preset, bits) for row in results["rows"]):
                 continue
             results["rows"].append(bench.run(preset, bits, rows=results["rows"]))
@@ -255,12 +281,15 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Recompute the first pictures of a few rows; exit with an error where the results say something else."""
+    """Recompute the first pictures of a few rows, or of those asked for; exit with an error where one differs."""
     bench, committed, failed = Bench(args), json.loads(args.out.read_text()), []
     if committed["setup"] != bench.setup():
         raise SystemExit(f"the results have another setup: {committed['setup']}")
-    for preset, bits in CHECKED:
-        expected = next(row for row in committed["rows"] if (row["preset"], row["bits"]) == (preset, bits))
+    rows = {(row["preset"], row["bits"]): row for row in committed["rows"]}
+    asked = [(preset, bits) for bits in args.bits or SETTINGS for preset in args.presets or ()]
+    for preset, bits in asked or CHECKED:
+        if (expected := rows.get((preset, bits))) is None:
+            raise SystemExit(f"the results have no {preset} {bits}")
         found = bench.run(preset, bits, CHECKED_PICTURES)
         wanted = float(np.mean(expected["squared_errors"][:CHECKED_PICTURES]))
         difference = found["image_mse"] / wanted - 1
@@ -285,7 +314,8 @@ def synthetic_inputs(width: int) -> dict[str, Callable[[int], Tensor]]:
 
     def salient(seed: int) -> Tensor:
         x = gaussian(seed)
-        x[:, places[:6]] *= 200
+        # loud enough to take up a token's steps, and not so loud that the others do not count: a third of the output
+        x[:, places[:6]] *= 20
         return x
 
     def offset(seed: int) -> Tensor:
@@ -305,7 +335,7 @@ def synthetic_inputs(width: int) -> dict[str, Callable[[int], Tensor]]:
 
 
 def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> list[dict[str, Any]]:
-    """Relative squared error of the varying part of a layer's output on fresh tokens."""
+    """Relative squared error of the varying part of a layer's output on fresh tokens, and the layer's bits a weight."""
     weight = torch.randn(height, width, generator=torch.Generator().manual_seed(5)) / width**0.5
     rows = []
     for name, draw in synthetic_inputs(width).items():
@@ -329,17 +359,59 @@ def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> l
                     layer: nn.Module = quantize_linear(
                         "layer", weight, None, transform, config, *both, torch.float32, None, curvature, report
                     )
+                    true_bits = packages.stored_bits(layer) / weight.numel()
                 else:
                     model = nn.Sequential(nn.Linear(width, height, bias=False))
                     model[0].weight.data.copy_(weight)
                     groups = [InputGroup(["0"], stats)]
-                    simulate(model, RECIPES[preset], groups, config.weight_bits, config.activation_bits)
+                    true_bits = simulate(
+                        model, RECIPES[preset], groups, config.weight_bits, config.activation_bits
+                    ).true_bits
                     layer = model[0]
                 with torch.no_grad():
                     error = float((layer(x) - target).square().sum()) / varying
-                rows.append({"input": name, "preset": preset, "bits": setting, "error": error})
+                row = {"input": name, "preset": preset, "bits": setting, "true_bits": true_bits, "error": error}
+                rows.append(row)
                 print(f"{name:>15} {preset:>18} {setting}: {error:.4f}", flush=True)
     return rows
+
+
+def print_layers(rows: list[dict[str, Any]]) -> None:
+    """One line for each preset: bits, the geometric mean of its errors, and the error of each input and setting."""
+    cells = list(dict.fromkeys((row["input"], row["bits"]) for row in rows))
+    errors: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        errors.setdefault(row["preset"], {})[row["input"], row["bits"]] = row["error"]
+    means = {preset: float(np.exp(np.mean(np.log(list(found.values()))))) for preset, found in errors.items()}
+    print(f"{'':>18} {'':>5} {'':>7} " + " ".join(f"{name:>14}" for name, _ in cells))
+    print(f"{'':>18} {'bits':>5} {'mean':>7} " + " ".join(f"{bits:>14}" for _, bits in cells))
+    for preset in sorted(means, key=lambda preset: means[preset]):
+        true_bits = np.mean([row["true_bits"] for row in rows if row["preset"] == preset])
+        values = " ".join(f"{errors[preset][cell]:14.4f}" for cell in cells)
+        print(f"{preset:>18} {true_bits:5.2f} {means[preset]:7.4f} {values}")
+
+
+def draw_pictures(args: argparse.Namespace) -> None:
+    """A labelled grid of some of the rows' prompts with the same seeds: the originals, then each preset."""
+    bench = Bench(args)
+    places = range(0, len(bench.prompts), -(-len(bench.prompts) // SHOWN_PICTURES))
+    prompts = [bench.prompts[place] for place in places]
+
+    def draw(pipeline: Any) -> list[pipelines.Sample]:
+        return generate(pipeline, prompts, args.steps, args.guidance_scale, places)
+
+    references = draw(bench.original)
+    rows = [("original", references)]
+    for bits in args.bits:
+        for preset in measurable(args.presets, bits):
+            pipeline = load(bench.folder)
+            true_bits = quantize(pipeline, preset, bits, bench.calibration)
+            samples = draw(pipeline)
+            psnr = evaluate.compare(references, samples)["metrics"]["psnr"]
+            rows.append((f"{preset} {bits}: {true_bits:.2f} bits, {psnr:.1f} dB", samples))
+            print(rows[-1][0], flush=True)
+    cells = [(label, [sample.picture for sample in samples]) for label, samples in rows]
+    picture_grid(cells, prompts, CELL_PIXELS).save(args.pictures)
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -353,8 +425,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=demo.MODEL_FOLDER, help="folder of a diffusers pipeline")
     parser.add_argument("--prompts", type=Path, help="one prompt in each line")
     parser.add_argument("--calibration-prompts", type=Path, help="one prompt in each line")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS)
-    parser.add_argument("--bits", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--presets", nargs="+", choices=(*PRESETS, *PACKAGES))
+    parser.add_argument("--bits", nargs="+")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=demo.GUIDANCE_SCALE)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -362,7 +434,11 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--pictures", type=Path, help="PNG file of a few pictures of each preset beside the originals")
     args = parser.parse_args()
+    if not args.check:
+        args.presets = args.presets or list(SHOWN_PRESETS if args.pictures else PRESETS)
+        args.bits = args.bits or list(("w3a4",) if args.pictures else SETTINGS)
     torch.set_grad_enabled(False)
     if args.check:
         check(args)
@@ -370,6 +446,9 @@ def main() -> None:
         results = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
         results["layers"] = run_layers(("w4a8", "w4a4"))
         write(args.out, results)
+        print_layers(results["layers"])
+    elif args.pictures:
+        draw_pictures(args)
     else:
         results = run_all(args)
         print(json.dumps({"rows": [{k: v for k, v in r.items() if k != "squared_errors"} for r in results["rows"]]}))

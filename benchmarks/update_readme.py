@@ -74,7 +74,8 @@ def quality_table() -> list[str]:
         f"{setup['steps']} steps, the same {setup['calibration_prompts']} calibration captions for all. Mean squared "
         "error of the pictures x 1000 with its",
         "95 % bootstrap interval, over the published method's error on the same pictures; true bits with layers kept",
-        "in float at 16 bits (`benchmarks/bench_quality.py`; `lrqdit` and `lrq-dit-paper` run packed, others do not):",
+        "in float at 16 bits (`benchmarks/bench_quality.py`; `lrqdit` and `lrq-dit-paper` run packed, `package:` rows",
+        "by that package, all others as simulated recipes):",
         "",
         "| setting | method | true bits | error x 1000 | over lrq-dit-paper | PSNR | SSIM | latent error |",
         "|---|---|---|---|---|---|---|---|",

@@ -103,6 +103,17 @@ def test_gaussian_levels():
         assert float((levels[code] - x).square().mean()) == pytest.approx(distortion, rel=0.02)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_nearest_level(bits):
+    """The same as a search between the edges, on the edges themselves and their neighbours, too."""
+    levels = simulate.gaussian_levels(bits)
+    edges = (levels[1:] + levels[:-1]) / 2
+    beside = [torch.nextafter(edges, torch.full_like(edges, side)) for side in (-torch.inf, torch.inf)]
+    x = 1.5 * torch.randn(20_000, generator=torch.Generator().manual_seed(bits))
+    x = torch.cat([x, edges, *beside, levels, torch.tensor([-1e30, 1e30, 0.0])])
+    assert torch.equal(simulate.gaussian_rounding(bits)(x), levels[torch.bucketize(x, edges)])
+
+
 def test_released_defects():
     """The released code's dead clip search: several times the error of levels that see their own half only."""
     weight = 0.03 * torch.randn(64, 1152, generator=torch.Generator().manual_seed(0))

@@ -90,8 +90,8 @@ def measure_curvature(
 def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Columns by descending diag(H), int64, and the upper Cholesky factor of H^-1 in that order, float32.
 
-    Wide layers are cut into even parts of up to MAX_FACTORED columns, H taken as block-diagonal: the work grows with the
-    cube of the width, and errors are made up for inside a part only.
+    Wide layers are cut into even parts of up to MAX_FACTORED columns, H taken as block-diagonal: the work grows with
+    the cube of the width, and errors are made up for inside a part only.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     width = len(hessian)

@@ -6,6 +6,7 @@ and L the low-rank part. Nothing is packed; :class:`SimulatedReport` counts what
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import NormalDist
 
 import torch
@@ -85,9 +86,7 @@ class Transform:
         grouped = x.unflatten(-1, (-1, group))
         if self.recipe.tokens == "gaussian":
             scale = grouped.square().mean(dim=-1, keepdim=True).sqrt()
-            levels = gaussian_levels(self.bits)
-            code = torch.bucketize(grouped / scale.clamp_min(1e-30), (levels[1:] + levels[:-1]) / 2)
-            return (levels[code] * scale).flatten(-2)
+            return (gaussian_rounding(self.bits)(grouped / scale.clamp_min(1e-30)) * scale).flatten(-2)
         if self.recipe.tokens == "affine":
             low = grouped.amin(dim=-1, keepdim=True).clamp_max(0) * self.clip
             high = grouped.amax(dim=-1, keepdim=True).clamp_min(0) * self.clip
@@ -116,6 +115,33 @@ def gaussian_levels(bits: int) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32)
 
 
+class NearestLevel:
+    """Rounds to the nearest of three or more ascending levels, as ``torch.bucketize`` of the edges would.
+
+    A fine even grid has at most one edge in each cell and a margin around it, so that one comparison decides.
+    """
+
+    def __init__(self, levels: Tensor) -> None:
+        edges = (levels[1:] + levels[:-1]) / 2
+        self.width = float(edges.diff().min()) / 2
+        self.start = float(edges[0]) - self.width
+        self.cells = int((float(edges[-1]) - self.start) / self.width) + 2
+        starts = self.start + (torch.arange(self.cells).double() - 0.25) * self.width
+        below = torch.bucketize(starts, edges.double())
+        self.edge = torch.cat([edges, torch.tensor([math.inf])])[below]
+        self.low, self.high = levels[below], levels[(below + 1).clamp_max(len(edges))]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        cell = ((values - self.start) / self.width).clamp_(0, self.cells - 1).int()
+        return torch.where(values > self.edge[cell], self.high[cell], self.low[cell])
+
+
+@cache
+def gaussian_rounding(bits: int) -> NearestLevel:
+    """To the nearest Lloyd-Max level of a standard normal law; kept, because Lloyd's iteration takes its time."""
+    return NearestLevel(gaussian_levels(bits))
+
+
 class Grid:
     """Where the weights of a layer may lie, and the bits their description takes."""
 
@@ -137,7 +163,6 @@ class Grid:
             self.zero = torch.zeros_like(self.step)
         elif recipe.levels == "gaussian":
             self.step = weight.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-30)
-            self.levels = gaussian_levels(bits)
             self.side_bits += 16 * 2**bits
         else:
             raise ValueError(recipe.levels)
@@ -145,8 +170,7 @@ class Grid:
     def round(self, values: Tensor, columns: Tensor) -> Tensor:
         """The nearest grid point of values (out, len(columns)), which stand in these columns."""
         if self.recipe.levels == "gaussian":
-            code = torch.bucketize((values / self.step).contiguous(), (self.levels[1:] + self.levels[:-1]) / 2)
-            return self.levels[code] * self.step
+            return gaussian_rounding(self.bits)(values / self.step) * self.step
         step, zero = (t[:, columns // self.group] for t in (self.step, self.zero))
         low, high = (0, 2**self.bits - 1) if self.recipe.levels == "affine" else _signed(self.bits)
         return (((values / step).round() + zero).clamp(low, high) - zero) * step
