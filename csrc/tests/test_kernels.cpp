@@ -298,6 +298,63 @@ void test_quantized_linear() {
     }
 }
 
+// The squared error of a column's codes, as lrqdit.h defines a trellis.
+double path_error(const float *column, int64_t stride, int64_t rows, const int8_t *table, const float *scale,
+                  const std::vector<int> &codes) {
+    double error = 0;
+    for (int64_t n = 0; n < rows; ++n) {
+        const auto bit = [&](int64_t back) { return n < back ? 0 : codes[n - back] & 1; };
+        const int level = table[2 * (codes[n] ^ bit(1) ^ bit(6)) + (bit(2) ^ bit(4))];
+        const double e = column[n * stride] - double(scale[n]) * level;
+        error += e * e;
+    }
+    return error;
+}
+
+void test_trellis() {
+    uint64_t seed = 40;
+    for (const int bits : {2, 3, 4})
+        for (const int64_t rows : {1, 2, 3, 17, 70})
+            for (const int64_t columns : {1, 3, 16, 33}) {
+                Random random{++seed};
+                const Array<float> weight = random_reals(rows * columns, ++seed);
+                Array<int8_t> table(2 << bits);
+                for (int64_t i = 0; i < table.size(); ++i)
+                    table[i] = static_cast<int8_t>(-120 + 240 * i / (table.size() - 1));
+                Array<float> scale(rows);
+                for (int64_t i = 0; i < rows; ++i) scale[i] = i == 5 ? 0 : 0.015f + 0.01f * random.real();
+                const lrq_matrix matrix = {weight.data(), rows, columns, nullptr};
+                Array<uint8_t> expected;
+                for (const std::string &isa : supported())
+                    for (const int threads : {1, 3}) {
+                        lrq_use_isa(isa.c_str());
+                        Array<uint8_t> codes(rows * columns);
+                        const int status =
+                            lrq_trellis_encode(&matrix, table.data(), bits, scale.data(), threads, codes.data());
+                        if (!expected.size()) expected = Array<uint8_t>(codes);
+                        check(status == 0 && codes == expected,
+                              text("trellis_encode on %s: %d bits, %d x %d, %d threads", isa.c_str(), bits, int(rows),
+                                   int(columns), threads));
+                    }
+                if (rows > 3) continue;
+                for (int64_t j = 0; j < columns; ++j) {  // against every path there is
+                    std::vector<int> path(rows);
+                    for (int64_t n = 0; n < rows; ++n) path[n] = expected[n * columns + j];
+                    const auto measure = [&](const std::vector<int> &codes) {
+                        return path_error(weight.data() + j, columns, rows, table.data(), scale.data(), codes);
+                    };
+                    double best = measure(path);
+                    const double found = best;
+                    for (int64_t number = 0; number < int64_t{1} << (bits * rows); ++number) {
+                        std::vector<int> codes(rows);
+                        for (int64_t n = 0; n < rows; ++n) codes[n] = number >> (bits * n) & ((1 << bits) - 1);
+                        best = std::min(best, measure(codes));
+                    }
+                    check(found <= best * (1 + 1e-5) + 1e-12, text("trellis_encode: %d bits, %d rows", bits, int(rows)));
+                }
+            }
+}
+
 void test_conversions() {
     // Values at and around ties, denormal and overflowing halves, through row_scale of a product of 1.
     Random random{77};
@@ -963,6 +1020,7 @@ int main() {
         {"quantized_linear", test_quantized_linear},
         {"conversions", test_conversions},
         {"weight_only_linear", test_weight_only},
+        {"trellis", test_trellis},
         {"calls in turn", test_calls_in_turn},
         {"concurrent callers", test_concurrent_callers},
         {"transforms", test_transforms},
