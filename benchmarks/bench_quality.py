@@ -194,12 +194,14 @@ class Bench:
             print(f"calibration: {time.monotonic() - start:.0f} s", flush=True)
         return self._calibration
 
-    def true_bits(self, preset: str, bits: str, rows: list[dict[str, Any]]) -> float:
-        """True bits of a preset at a setting: those of its row, or counted."""
+    def budget(self, preset: str, bits: str, rows: list[dict[str, Any]]) -> float | None:
+        """The true bits that mixed precision is given: those of another preset's row, or counted."""
+        if preset not in BUDGETS:
+            return None
         for row in rows:
-            if (row["preset"], row["bits"]) == (preset, bits):
+            if (row["preset"], row["bits"]) == (BUDGETS[preset], bits):
                 return row["true_bits"]
-        return quantize(load(self.folder), preset, bits, self.calibration)
+        return quantize(load(self.folder), BUDGETS[preset], bits, self.calibration)
 
     def run(
         self, preset: str, bits: str, count: int | None = None, rows: list[dict[str, Any]] | None = None
@@ -211,7 +213,7 @@ class Bench:
                                        self.guidance)  # fmt: skip
         references = self.references[: len(prompts)]
         calibration = self.calibration
-        average_bits = self.true_bits(BUDGETS[preset], bits, rows or []) if preset in BUDGETS else None
+        average_bits = self.budget(preset, bits, rows or [])
         pipeline = load(self.folder)
         start = time.monotonic()
         true_bits = quantize(pipeline, preset, bits, calibration, average_bits)
@@ -405,7 +407,7 @@ def draw_pictures(args: argparse.Namespace) -> None:
     for bits in args.bits:
         for preset in measurable(args.presets, bits):
             pipeline = load(bench.folder)
-            true_bits = quantize(pipeline, preset, bits, bench.calibration)
+            true_bits = quantize(pipeline, preset, bits, bench.calibration, bench.budget(preset, bits, []))
             samples = draw(pipeline)
             psnr = evaluate.compare(references, samples)["metrics"]["psnr"]
             rows.append((f"{preset} {bits}: {true_bits:.2f} bits, {psnr:.1f} dB", samples))

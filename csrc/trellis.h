@@ -93,10 +93,11 @@ struct Distances {
     }
 };
 
-// One column: units are w / row_scale, slots floor(2 units) + SLOTS / 2, weights the factor of each row's error; codes lie
-// stride bytes apart. decisions: room for `rows`; bit h + 32 u tells that state 2 h + u is reached from h + 32, not from h.
+// One column: units are w / row_scale, slots floor(2 units) + SLOTS / 2, weights the factor of each row's error; the codes
+// may take the place of units. decisions: room for `rows`; bit h + 32 u tells that state 2 h + u is reached from h + 32, not
+// from h.
 inline void encode_path(const Subsets &subsets, const float *units, const int32_t *slots, const float *weights,
-                        int64_t rows, uint64_t *decisions, uint8_t *codes, int64_t stride) {
+                        int64_t rows, uint64_t *decisions, uint8_t *codes) {
     constexpr int V = STATES / WIDTH, H = V / 2;
     Floats cost[V];
     unroll<V>([&](auto v) LRQ_LAMBDA { cost[v] = splat(1e30f); });
@@ -132,7 +133,7 @@ inline void encode_path(const Subsets &subsets, const float *units, const int32_
     for (int64_t t = rows - 1; t >= 0; --t) {
         const unsigned u = state & 1, h = state >> 1, old = decisions[t] >> (h | u << 5) & 1;
         const unsigned subset = 2 * (u ^ (h & 1) ^ old) + ((h >> 1 ^ h >> 3) & 1);
-        codes[t * stride] = static_cast<uint8_t>(2 * subsets.rank[slots[t]][subset] + u);
+        codes[t] = static_cast<uint8_t>(2 * subsets.rank[slots[t]][subset] + u);
         state = h | old << (HISTORY - 1);
     }
 }
@@ -156,10 +157,13 @@ inline void trellis_encode(const lrq_matrix &m, const int8_t *table, int bits, c
                 units[j * padded + i] = i < m.rows ? m.weight[i * m.columns + first + j] / divisor : 0;
         }
         for (int64_t j = 0; j < count; ++j) {
-            const float *column = units + j * padded;
+            float *column = units + j * padded;
             for (int64_t i = 0; i < padded; i += 16) find_slots(load<f32x16>(column + i), slots + i);
-            encode_path(subsets, column, slots, weights, m.rows, decisions, codes + first + j, m.columns);
+            encode_path(subsets, column, slots, weights, m.rows, decisions, reinterpret_cast<uint8_t *>(column));
         }
+        for (int64_t i = 0; i < m.rows; ++i)
+            for (int64_t j = 0; j < count; ++j)
+                codes[i * m.columns + first + j] = reinterpret_cast<const uint8_t *>(units + j * padded)[i];
     });
 }
 

@@ -274,4 +274,6 @@ def test_equal_bits(bench):
     assert 9.5 < found <= measured  # 8 bits everywhere, and more is not to be had
     rows = [{"preset": "lrqdit", "bits": "w4a8", "true_bits": 1.0}]
     rows.append({"preset": "lrq-dit-paper", "bits": "w4a8", "true_bits": 7.0})
-    assert bench.Bench.true_bits(None, "lrq-dit-paper", "w4a8", rows) == 7.0
+    assert bench.Bench.budget(None, "lrqdit-equal-bits", "w4a8", rows) == 7.0
+    assert bench.Bench.budget(None, "lrqdit-mixed", "w4a8", rows) == 1.0
+    assert bench.Bench.budget(None, "lrqdit", "w4a8", rows) is None
