@@ -118,6 +118,9 @@ class FakeBench:
     def setup(self):
         return {"pictures": 20}
 
+    def budget(self, preset, bits, rows):
+        return None
+
     def run(self, preset, bits, count):
         return {"image_mse": 2.0, "true_bits": 4.5}
 
