@@ -75,7 +75,8 @@ def quality_table() -> list[str]:
         "error of the pictures x 1000 with its",
         "95 % bootstrap interval, over the published method's error on the same pictures; true bits with layers kept",
         "in float at 16 bits (`benchmarks/bench_quality.py`; `lrqdit` and `lrq-dit-paper` run packed, `package:` rows",
-        "by that package, all others as simulated recipes):",
+        "by that package, all others as simulated recipes). `lrqdit-mixed` is `lrqdit` with `average_bits` of no more",
+        "than its own true bits, `lrqdit-equal-bits` with those of `lrq-dit-paper`:",
         "",
         "| setting | method | true bits | error x 1000 | over lrq-dit-paper | PSNR | SSIM | latent error |",
         "|---|---|---|---|---|---|---|---|",
@@ -88,7 +89,7 @@ def quality_table() -> list[str]:
         if "over_paper" in row:
             a, b = row["over_paper_interval"]
             over = f"{row['over_paper']:.2f} ({a:.2f} to {b:.2f})"
-        name = f"**{row['preset']}**" if row["preset"] == "lrqdit" else row["preset"]
+        name = f"**{row['preset']}**" if row["preset"].startswith("lrqdit") else row["preset"]
         error = f"{1000 * row['image_mse']:.2f} ({low:.2f} to {high:.2f})"
         lines.append(
             f"| {row['bits']} | {name} | {row['true_bits']:.2f} | {error} | {over} | {row['psnr']:.1f} "
@@ -126,13 +127,13 @@ def speed_table() -> list[str]:
     return [
         *lines,
         "",
-        f"Rotations chosen for these inputs: {chosen}. The next call after another's float weights finds a cold",
-        "cache, so the numbers of one token depend on the order.",
+        f"Rotations chosen for these inputs: {chosen}. Each timed call follows one of the same layer; a single token",
+        "whose weights are not in the caches is bound by memory.",
         "",
         f"One step of PixArt-Sigma XL/2 at {step['pixels']} pixels with guidance, {step['preset']}: "
         f"{step['ratio_to_bf16']:.2f} x the speed of bfloat16 at {step['memory_ratio']:.2f} x its peak memory.",
         f"Quantizing (rotation, levels, packing): {quantize['weights_per_second'] / 1e6:.0f} million weights per "
-        "second.",
+        f"second with scalar levels, {quantize['trellis_weights_per_second'] / 1e6:.0f} with a trellis.",
     ]
 
 
