@@ -17,12 +17,14 @@ from torch import Tensor
 
 import lrqdit.codebook
 from lrqdit.codebook import fit, relative_error
+from lrqdit.trellis import expand
 
 IN_FEATURES = 1152
 BITS = (4, 3, 2)
 SCALES = (1e-6, 1e-4, 1e-2, 0.03, 1.0, 1e3)
 COLUMNS = {
     "twin_log": ("twin_log", "layer"),
+    "trellis": ("twin_log", "trellis"),
     "twin_log_row": ("twin_log", "row"),
     "uniform": ("uniform", "layer"),
     "minmax": ("minmax", "row"),
@@ -35,8 +37,12 @@ DEMO_WEIGHTS = 4_000_000
 
 
 def measure(weights: list[Tensor], bits: int, kind: str, scope: str) -> float:
-    """Return the mean of the weights' relative errors."""
-    return sum(relative_error(weight, fit(weight, bits, kind, scope=scope)) for weight in weights) / len(weights)
+    """Return the mean of the weights' relative errors; scope "trellis" doubles the levels of the layer's table."""
+    errors = []
+    for weight in weights:
+        levels = fit(weight, bits, kind, scope="layer" if scope == "trellis" else scope)
+        errors.append(relative_error(weight, expand(levels, weight) if scope == "trellis" else levels))
+    return sum(errors) / len(errors)
 
 
 def measure_all(title: str, weights: list[Tensor]) -> dict[str, dict[str, float]]:

@@ -267,7 +267,7 @@ class Observer:
             for parameter in trained:
                 parameter.requires_grad_(False)
             with torch.enable_grad(), recomputed_activations(module):
-                output = _first_float(module(*arguments, **keywords))
+                output = first_float(module(*arguments, **keywords))
                 if output is not None and output.requires_grad:
                     projection = torch.randn(output.shape, generator=self._generator)
                     (output.float() * projection.to(output.device)).sum().backward()
@@ -346,9 +346,9 @@ def recomputed_activations(module: nn.Module) -> Iterator[None]:
         module.disable_gradient_checkpointing()
 
 
-def _first_float(output: Any) -> Tensor | None:
+def first_float(output: Any) -> Tensor | None:
     """The first float tensor in what a module returned."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
-    return next((found for part in parts if (found := _first_float(part)) is not None), None)
+    return next((found for part in parts if (found := first_float(part)) is not None), None)

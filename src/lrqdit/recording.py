@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrqdit.calibrate import InputGroup
+from lrqdit.calibrate import InputGroup, first_float
 
 LAST_STEPS = 2
 MAX_CALLS, MAX_ROWS = 8, 16
@@ -44,7 +44,8 @@ class Call:
         """The first float tensor that the module returns."""
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         arguments, keywords = _unflatten(self.structure, [tensor.to(device) for tensor in self.tensors])
-        return _first_tensor(module(*arguments, **keywords))
+        found = first_float(module(*arguments, **keywords))
+        return torch.empty(0) if found is None else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,9 @@ class StepRecorder:
 
     def add_call(self, arguments: tuple, keywords: dict[str, Any], output: Any) -> None:
         """Note a call of the module."""
-        self._calls.append((Call.record(arguments, keywords), _first_tensor(output).detach().cpu()))
+        found = first_float(output)
+        kept = torch.empty(0) if found is None else found.detach().cpu()
+        self._calls.append((Call.record(arguments, keywords), kept))
         if len(self._calls) > MAX_CALLS:  # no scheduler asks for them
             self.end_step(None)
 
@@ -197,19 +200,6 @@ def _split(outputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         joined = joined[:, : shape[1]]
     is_divisible = len(joined) % shape[0] == 0 if shape[0] else False
     return joined.reshape(-1, *shape) if is_divisible and joined.shape[1:] == shape[1:] else nothing
-
-
-def _first_tensor(output: Any) -> Tensor:
-    """The first float tensor in what a module returned."""
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return output
-    if isinstance(output, dict):
-        output = list(output.values())
-    for part in output if isinstance(output, list | tuple) else ():
-        found = _first_tensor(part)
-        if found.numel():
-            return found
-    return torch.empty(0)
 
 
 def _flatten(value: Any, tensors: list[Tensor]) -> Any:
