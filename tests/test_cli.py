@@ -246,7 +246,7 @@ def test_inspect_errors(copy_of_pipeline, quantized, tmp_path, edit_json):
     edit_json(changed, quantization_config={**values, "format_version": 99})
     assert "version 99" in fail("inspect", changed.parent)
     layers = {
-        name: {**layer, "weight_bits": 4 if layer["weight_bits"] == 3 else 3}
+        name: {**layer, "weight_bits": {2: 3, 3: 4, 4: 3}.get(layer["weight_bits"], 8)}
         for name, layer in values["layers"].items()
     }
     edit_json(changed, quantization_config={**values, "layers": layers})
