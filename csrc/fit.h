@@ -338,12 +338,12 @@ inline void fill_slots(const int8_t *table, uint8_t *codes) {
     }
 }
 
-LRQ_INLINE void find_slots(f32x16 v, int32_t *slots) {
-    const f32x16 low = splat16(-SLOTS / 2), high = splat16(SLOTS / 2 - 1);
+template <class V> LRQ_INLINE void find_slots(V v, int32_t *slots) {
+    const V low = -SLOTS / 2 - V{}, high = SLOTS / 2 - 1 - V{};
     v = v * 2;
     v = v < low ? low : v > high ? high : v;
-    const i32x16 whole = __builtin_convertvector(v, i32x16);
-    store(slots, whole + (__builtin_convertvector(whole, f32x16) > v) + SLOTS / 2);  // a true comparison is -1
+    const auto whole = __builtin_convertvector(v, decltype(v > v));
+    store(slots, whole + (__builtin_convertvector(whole, V) > v) + SLOTS / 2);  // a true comparison is -1
 }
 
 inline void encode(const lrq_matrix &m, const int8_t *table, int64_t table_rows, int bits, const float *row_scale,
