@@ -315,7 +315,7 @@ void test_trellis() {
     uint64_t seed = 40;
     for (const int bits : {2, 3, 4})
         for (const int64_t rows : {1, 2, 3, 17, 70})
-            for (const int64_t columns : {1, 3, 16, 33}) {
+            for (const int64_t columns : {1, 3, 16, 33, 150}) {
                 Random random{++seed};
                 const Array<float> weight = random_reals(rows * columns, ++seed);
                 Array<int8_t> table(2 << bits);
