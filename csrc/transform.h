@@ -515,19 +515,41 @@ inline void map_codes(int8_t *codes, int64_t count, const int8_t *lookup, const 
     for (; k < count; ++k) codes[k] = lookup[codes[k] + 128];
 }
 
+// Rounds the tokens of one call, any rows at a time.
+struct Rounder {
+    Ready ready;
+    int bits;
+    float clip_over_largest;
+    const int8_t *lookup;
+    int8_t *codes;
+    float *scale;
+    bool is_staircase;
+    Staircase stairs;
+
+    Rounder(const lrq_transform &t, int bits, double clip, const int8_t *lookup, int8_t *codes, float *scale)
+        : ready(make_ready(t)), bits(bits), clip_over_largest(static_cast<float>(clip / ((1 << (bits - 1)) - 1))),
+          lookup(lookup), codes(codes), scale(scale), is_staircase(lookup && build_staircase(lookup, stairs)) {}
+
+    int64_t row_bytes() const { return ready.t->width * (ready.t->x_type == LRQ_FLOAT32 ? 4 : 2); }
+    const uint8_t *input(int64_t row) const { return static_cast<const uint8_t *>(ready.t->x) + row * row_bytes(); }
+
+    // count: 8 at most
+    void round(int64_t first, int64_t count) const {
+        const int64_t width = ready.t->width;
+        transform_rows(ready, first, count, [&](int64_t i, const float *row, Ints largest) {
+            int8_t *out = codes + i * width;
+            scale[i] = quantize_row(row, largest, width, bits, clip_over_largest, out);
+            if (lookup) map_codes(out, width, lookup, is_staircase ? &stairs : nullptr);
+        });
+    }
+};
+
 inline void quantize_tokens(const lrq_transform &t, int bits, double clip, const int8_t *lookup, int threads,
                             int8_t *codes, float *scale) {
-    const Ready r = make_ready(t);
-    const float clip_over_largest = static_cast<float>(clip / ((1 << (bits - 1)) - 1));
-    Staircase stairs;
-    const bool is_staircase = lookup && build_staircase(lookup, stairs);
+    const Rounder rounder(t, bits, clip, lookup, codes, scale);
     parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
         const int64_t first = task * ROWS_PER_TASK;
-        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, Ints largest) {
-            int8_t *out = codes + i * t.width;
-            scale[i] = quantize_row(row, largest, t.width, bits, clip_over_largest, out);
-            if (lookup) map_codes(out, t.width, lookup, is_staircase ? &stairs : nullptr);
-        });
+        rounder.round(first, least(ROWS_PER_TASK, t.rows - first));
     });
 }
 

@@ -222,6 +222,7 @@ template <class Body> LRQ_INLINE void with_type(int type, Body &&body) {
 }
 
 LRQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+LRQ_INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 LRQ_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 LRQ_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
