@@ -13,7 +13,7 @@
 #define LRQ_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define LRQ_ABI_VERSION 2
+#define LRQ_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {

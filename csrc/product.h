@@ -41,8 +41,8 @@ LRQ_INLINE void finish_as(const lrq_weight &w, const Value *sums, int64_t stride
 
 // The same for `channels` from n, up to those that are there.
 template <class Value>
-LRQ_INLINE void finish(const lrq_weight &w, const Value *sums, int64_t channels, const float *scale, int64_t first,
-                       int64_t rows, int64_t n, int type, void *out) {
+LRQ_INLINE void finish_channels(const lrq_weight &w, const Value *sums, int64_t channels, const float *scale,
+                                int64_t first, int64_t rows, int64_t n, int type, void *out) {
     constexpr int most = BLOCK_CHANNELS / WIDTH;
     const int64_t registers = ceil_div(least(channels, w.out_features - n), WIDTH);
     with_type(type, [&](auto t) LRQ_LAMBDA {
@@ -283,7 +283,8 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                     multiply(tiles, block_rows, panel + b * block_bytes, steps, block_tokens, stride,
                              split == 0 ? starts + m : nullptr, sums, ahead, pace);
                     if (split < s.splits - 1) continue;
-                    finish(w, sums, channels, scale + first + m, first + m, block_rows, 16 * tile, out_type, out);
+                    finish_channels(w, sums, channels, scale + first + m, first + m, block_rows, 16 * tile, out_type,
+                                    out);
                 }
             }
         }
@@ -364,7 +365,7 @@ inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t
                 case 3: multiply_few_rows<3>(w, tile, padded, stride, starts, sums); break;
                 default: multiply_few_rows<4>(w, tile, padded, stride, starts, sums);
             }
-            finish(w, sums[0], 16, scale, 0, rows, 16 * tile, out_type, out);
+            finish_channels(w, sums[0], 16, scale, 0, rows, 16 * tile, out_type, out);
         }
     });
 }
@@ -469,7 +470,7 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                     for (int64_t i = 4; i < block; ++i)
                         multiply_floats<1>(panel, width, tokens + i * width, width, sums + 16 * i);
             }
-            finish(w, sums, 16, nullptr, m, block, 16 * tile, out_type, out);
+            finish_channels(w, sums, 16, nullptr, m, block, 16 * tile, out_type, out);
         }
     });
 }

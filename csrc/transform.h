@@ -41,13 +41,13 @@ template <class V, int N, class Get, class Put> LRQ_INLINE void butterfly(Get &&
         unroll<N / G>([&](auto g) LRQ_LAMBDA {
             const V *u = v + g * G;
             V *s = sums[g];
-            const V plus = u[0] + u[1], minus = u[0] - u[1];
+            const V plus = u[0] + u[1], minus = subtract(u[0], u[1]);
             if constexpr (G == 3) {
-                s[0] = plus + u[2], s[1] = minus + u[2], s[2] = plus - u[2], s[3] = minus - u[2];
+                s[0] = plus + u[2], s[1] = minus + u[2], s[2] = subtract(plus, u[2]), s[3] = subtract(minus, u[2]);
             } else {
-                const V same = u[2] + u[3], other = u[2] - u[3];
-                s[0] = plus + same, s[1] = minus + same, s[2] = plus - other, s[3] = minus - other;
-                s[4] = plus + other, s[5] = minus + other, s[6] = plus - same, s[7] = minus - same;
+                const V same = u[2] + u[3], other = subtract(u[2], u[3]);
+                s[0] = plus + same, s[1] = minus + same, s[2] = subtract(plus, other), s[3] = subtract(minus, other);
+                s[4] = plus + other, s[5] = minus + other, s[6] = subtract(plus, same), s[7] = subtract(minus, same);
             }
         });
         unroll<N>([&](auto j) LRQ_LAMBDA {
@@ -59,7 +59,7 @@ template <class V, int N, class Get, class Put> LRQ_INLINE void butterfly(Get &&
                 if constexpr (g == 0)
                     y = is_negative ? -sums[g][pattern] : sums[g][pattern];
                 else
-                    y = is_negative ? y - sums[g][pattern] : y + sums[g][pattern];
+                    y = is_negative ? subtract(y, sums[g][pattern]) : y + sums[g][pattern];
             });
             put(j, y);
         });
@@ -462,11 +462,12 @@ LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int
     const float step = absmax * clip_over_largest;
     const Floats inverse = splat(step > 1.17549435e-38f ? 1.0f / step : 0.0f);
     const int32_t most = (1 << (bits - 1)) - 1;
+    const bool is_byte = bits == 8;
     const Ints high = most - (Ints){}, low = -most - 1 - (Ints){};
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer, rounded half to even
     const auto quantize = [&](int64_t k) LRQ_LAMBDA {
         const Ints code = (Ints)(load<Floats>(row + k) * inverse + magic) - 0x4b400000;
-        return narrow(lesser(greater(code, low), high));
+        return is_byte ? saturate(code) : narrow(lesser(greater(code, low), high));
     };
     int64_t k = 0;
     for (; k + WIDTH <= width; k += WIDTH) store(codes + k, quantize(k));

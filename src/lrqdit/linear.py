@@ -281,12 +281,13 @@ class QuantLinear(nn.Linear):
             else:
                 tokens = x.reshape(-1, self.in_features)
                 y = ops.weight_only_linear(tokens, *self._input_arguments(), *self._weight_arguments(), out_dtype)
+        elif not is_direct:
+            y = ops.quantized_linear(*self._quantize(x, is_direct), *self._weight_arguments(), out_dtype)
+        elif (found := self.shared_input.get(x)) is not None:
+            y = self.calls.quantized_linear(*found, out_dtype)
         else:
-            codes, scale = self._quantize(x, is_direct)
-            if is_direct:
-                y = self.calls.quantized_linear(codes, scale, out_dtype)
-            else:
-                y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
+            y, codes, scale = self.calls.linear(x, out_dtype)
+            self.shared_input.put(x, codes, scale)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
