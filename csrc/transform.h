@@ -504,14 +504,18 @@ inline void map_codes(int8_t *codes, int64_t count, const int8_t *lookup, const 
     if (stairs) {
         const u8x16 lows = load<u8x16>(stairs->low), highs = load<u8x16>(stairs->high);
         const u8x16 steps = load<u8x16>(stairs->step);
-        for (; k + 16 <= count; k += 16) {
-            const i8x16 code = load<i8x16>(codes + k);
-            const u8x16 is_negative = (u8x16)(code < 0);
-            const u8x16 magnitude = ((u8x16)code ^ is_negative) - is_negative, block = magnitude >> 4;
-            const u8x16 is_low = (u8x16)((i8x16)(magnitude & 15) < (i8x16)look_up(steps, block));
-            const u8x16 level = (look_up(lows, block) & is_low) | (look_up(highs, block) & ~is_low);
-            store(codes + k, (level ^ is_negative) - is_negative);
-        }
+        const auto map = [&](auto code) LRQ_LAMBDA {
+            const auto is_negative = code < 0;
+            using S = decltype(code);
+            const S magnitude = (code ^ is_negative) - is_negative, block = magnitude >> 4 & 15;
+            const S is_low = (magnitude & 15) < look_up(steps, block);
+            const S level = (look_up(lows, block) & is_low) | (look_up(highs, block) & ~is_low);
+            store(codes + k, (S)((level ^ is_negative) - is_negative));
+        };
+#if defined(__AVX512BW__)
+        for (; k + 64 <= count; k += 64) map(load<i8x64>(codes + k));
+#endif
+        for (; k + 16 <= count; k += 16) map(load<i8x16>(codes + k));
     }
     for (; k < count; ++k) codes[k] = lookup[codes[k] + 128];
 }

@@ -37,6 +37,7 @@ typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef int8_t i8x64 __attribute__((vector_size(64)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
 #if defined(__clang__)
