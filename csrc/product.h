@@ -83,7 +83,9 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
         for (const int64_t end = least(k + pace, steps); k < end; ++k) {
             unroll<ROWS>([&](auto m) LRQ_LAMBDA {
                 const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
-                unroll<V>([&](auto v) LRQ_LAMBDA { acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q); });
+                unroll<V>([&](auto v) LRQ_LAMBDA {
+                    acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q);
+                });
             });
             panel += V * LANES * STEP * ELEMENT;
         }
@@ -98,8 +100,8 @@ template <int T>
 inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
                           const int32_t *starts, int32_t *sums, Ahead &ahead, int64_t pace) {
     switch (rows) {
-#define LRQ_CASE(R)                                                                                             \
-    case R:                                                                                                     \
+#define LRQ_CASE(R)                                                                                               \
+    case R:                                                                                                       \
         if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, ahead, pace); \
         break;
         LRQ_CASE(1)
@@ -404,8 +406,8 @@ inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *co
 }
 
 // quantize_tokens and quantized_linear in one: tokens are rounded next to the product that reads them first.
-inline void linear(const lrq_transform &t, int bits, double clip, const int8_t *lookup, const lrq_weight &w, int out_type,
-                   int threads, int8_t *codes, float *scale, void *out) {
+inline void linear(const lrq_transform &t, int bits, double clip, const int8_t *lookup, const lrq_weight &w,
+                   int out_type, int threads, int8_t *codes, float *scale, void *out) {
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
     if (t.rows <= FEW) {
         quantize_tokens(t, bits, clip, lookup, threads, codes, scale);
