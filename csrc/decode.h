@@ -20,6 +20,14 @@ LRQ_INLINE u8x16 look_up(u8x16 table, u8x16 index) {
 #endif
 }
 
+LRQ_INLINE i8x16 look_up(u8x16 table, i8x16 index) { return (i8x16)look_up(table, (u8x16)index); }
+
+#if defined(__AVX512BW__)
+LRQ_INLINE i8x64 look_up(u8x16 table, i8x64 index) {
+    return (i8x64)_mm512_shuffle_epi8(_mm512_broadcast_i32x4((__m128i)table), (__m512i)index);
+}
+#endif
+
 // The tables of one output tile as 16 bytes a channel, [channel][code]; of a trellis the even levels, then the odd ones.
 // `flip` is added to every level (0 or 128, modulo 256).
 struct Tables {

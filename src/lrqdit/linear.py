@@ -306,21 +306,25 @@ class QuantLinear(nn.Linear):
             return self._compute(x, torch.get_autocast_dtype(kind))
 
     def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        is_direct = self.calls.prepare(x, self)
+        is_direct, principal = self.calls.prepare(x, self), None
         if self.format.activation_bits == 16:
             if is_direct:
                 y = self.calls.weight_only_linear(x, out_dtype)
             else:
                 tokens = x.reshape(-1, self.in_features)
                 y = ops.weight_only_linear(tokens, *self._input_arguments(), *self._weight_arguments(), out_dtype)
-        else:
+        elif not is_direct:
             codes, scale, principal = self._quantize(x, is_direct)
-            if is_direct:
-                y = self.calls.quantized_linear(codes, scale, out_dtype)
-            else:
-                y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
-            if principal is not None:
-                y = y.addmm_(principal.to(out_dtype), self._low_rank("outlet").values.to(out_dtype))
+            y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
+        elif (found := self.shared_input.get(x)) is not None:
+            codes, scale, principal = found
+            y = self.calls.quantized_linear(codes, scale, out_dtype)
+        else:
+            left, principal = self._split(x)
+            y, codes, scale = self.calls.linear(left, out_dtype)
+            self.shared_input.put(x, codes, scale, principal)
+        if principal is not None:
+            y = y.addmm_(principal.to(out_dtype), self._low_rank("outlet").values.to(out_dtype))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,12 +335,7 @@ class QuantLinear(nn.Linear):
         is_eager = not torch.compiler.is_compiling()  # a compiler merges equal calls by itself
         if is_eager and (found := self.shared_input.get(x)) is not None:
             return found
-        left, principal = x, None
-        if self.format.principal_rank:
-            transform = self.input_transform
-            left, principal = split(
-                x.reshape(-1, self.in_features), transform.principal, transform.input_offset, transform.input_scale
-            )
+        left, principal = self._split(x)
         if is_direct:
             codes, scale = self.calls.quantize_tokens(left)
         else:
@@ -347,6 +346,13 @@ class QuantLinear(nn.Linear):
         if is_eager:
             self.shared_input.put(x, codes, scale, principal)
         return codes, scale, principal
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What of x is rounded, and the coordinates of what is not, (tokens, principal_rank)."""
+        if not self.format.principal_rank:
+            return x, None
+        t = self.input_transform
+        return split(x.reshape(-1, self.in_features), t.principal, t.input_offset, t.input_scale)
 
     def _weight_arguments(self) -> tuple:
         """What the operators want to know of the weight."""

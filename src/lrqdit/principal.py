@@ -69,26 +69,22 @@ def outlet(weight: Tensor, directions: LowRank) -> Tensor:
         return torch.linalg.solve(u @ u.T, u @ weight.double().T).float()
 
 
-def split(
-    x: Tensor, directions: LowRank, offset: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """A layer's input without its principal part, and the coordinates p of that part.
+def split(x: Tensor, directions: LowRank, offset: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A layer's input without its principal part, and the coordinates p of that part, in the dtype of the input.
 
     Args:
         x: (tokens, in_features).
         directions: U^T, of the centred and smoothed input.
         offset, scale: float16 (in_features,), what is subtracted from x and multiplied with it.
-        dtype: to compute in; that of x if None.
 
     Returns:
         x' (tokens, in_features) and p (tokens, rank). Centred and smoothed, x' is what is left.
     """
-    dtype = dtype or x.dtype
     u = directions.values
     inlet, back = (u, u) if scale is None else (u * scale.float(), u / scale.float())
-    rows, x = len(x), x.to(dtype)
+    start = x.new_zeros(len(u)) if offset is None else -(inlet @ offset.float()).to(x.dtype)
+    rows = len(x)
     if rows < MIN_ROWS:  # products of few rows depend on the number of threads
         x = F.pad(x, (0, 0, 0, MIN_ROWS - rows))
-    start = x.new_zeros(len(u)) if offset is None else -(inlet @ offset.float()).to(dtype)
-    p = torch.addmm(start, x, inlet.T.to(dtype))
-    return torch.addmm(x, p, back.to(dtype), alpha=-1)[:rows], p[:rows]
+    p = torch.addmm(start, x, inlet.T.to(x.dtype))
+    return torch.addmm(x, p, back.to(x.dtype), alpha=-1)[:rows], p[:rows]
