@@ -225,5 +225,46 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
     }
 }
 
+// The levels of one tile of channels as int8, in the order of 8-bit codes: byte 64 p + 16 j + k of an input tile.
+class LevelDecoder {
+  public:
+    LevelDecoder(const lrq_weight &w, int64_t tile) : weight(w), tile(tile) {
+        load_tables(w, tile, 0, tables);
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+        w.is_trellis ? gather_tables<true>(tables, wide) : gather_tables<false>(tables, wide);
+#endif
+    }
+
+    // input tiles [from, to)
+    void operator()(int64_t from, int64_t to, uint8_t *out) const {
+        with_coding(weight, [&](auto bits, auto is_trellis) {
+            constexpr int64_t tile_bytes = 32 * bits;
+            const int64_t row_bytes = ceil_div(weight.in_features, 16) * tile_bytes;
+            const uint8_t *at = weight.packed + tile * row_bytes + from * tile_bytes;
+            for (; from < to; ++from, at += tile_bytes, out += 256) {
+                const uint8_t *before = is_trellis && tile ? at - row_bytes : nullptr;
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+                __m512i v[4];
+                decode_positions<bits, is_trellis>(at, before, wide, v);
+                for (int p = 0; p < 4; ++p)
+                    store(out + 64 * p, bits == 8 ? _mm512_xor_si512(v[p], _mm512_set1_epi8(-128)) : v[p]);
+#else
+                u8x16 channels[16];
+                decode_channels<bits, is_trellis>(at, before, tables, 0, channels);
+                for (int n = 0; n < 16; ++n) store(out + 64 * (n & 3) + 16 * (n >> 2), channels[n]);
+#endif
+            }
+        });
+    }
+
+  private:
+    const lrq_weight &weight;
+    const int64_t tile;
+    Tables tables;
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+    __m512i wide[4];
+#endif
+};
+
 }  // namespace LRQ_ISA
 }  // namespace lrq

@@ -37,7 +37,7 @@ void run_parallel(int threads, int64_t tasks, void (*task)(void *context, int64_
 
 // Memory of the calling thread, 64-byte aligned, kept between calls. Slots are independent; bytes is a minimum.
 // Throws std::bad_alloc, which run_parallel passes on.
-enum Slot { SLOT_SHARED, SLOT_PANEL, SLOT_ROWS, SLOT_SUMS, SLOT_PARTIAL, SLOT_COUNT };
+enum Slot { SLOT_SHARED, SLOT_PANEL, SLOT_ROWS, SLOT_SUMS, SLOT_PARTIAL, SLOT_CODES, SLOT_COUNT };
 void *scratch(Slot slot, size_t bytes);
 
 // A number that no other call has had.

@@ -148,6 +148,12 @@ void check(const lrq_transform *t, int threads, const void *out) {
     }
 }
 
+void check_rounding(int bits, double clip) {
+    require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
+    // below, x / step would leave the range of the rounding
+    require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");
+}
+
 void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, int threads, const void *out) {
     require(w && w->packed && w->row_scale, "linear: the weight lacks a part");
     require(rows >= 0 && ((x && out) || rows == 0), "linear: input or output is missing");
@@ -296,9 +302,7 @@ int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, c
     return guarded([&] {
         check(transform, threads, codes);
         require(scale || !transform->rows, "quantize_tokens: the steps' memory is missing");
-        require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
-        // below, x / step would leave the range of the rounding
-        require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");
+        check_rounding(bits, clip);
         if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, lookup, threads, codes, scale);
     });
 }
@@ -309,6 +313,22 @@ int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *c
         check(weight, rows, codes, out_type, threads, out);
         require(scale || !rows, "linear: the steps are missing");
         if (rows) kernels().quantized_linear(*weight, rows, codes, scale, out_type, threads, out);
+    });
+}
+
+int lrq_linear(const lrq_transform *transform, int bits, double clip, const int8_t *lookup, const lrq_weight *weight,
+               int out_type, int threads, void *out) {
+    return guarded([&] {
+        check(transform, threads, out);
+        check_rounding(bits, clip);
+        const int64_t rows = transform->rows, width = transform->width;
+        check(weight, rows, transform->x, out_type, threads, out);
+        require(weight->in_features == width, "linear: the transform has another width than the weight");
+        if (!rows) return;
+        float *scale = static_cast<float *>(scratch(SLOT_CODES, rows * (sizeof(float) + width)));
+        int8_t *codes = reinterpret_cast<int8_t *>(scale + rows);
+        kernels().quantize_tokens(*transform, bits, clip, lookup, threads, codes, scale);
+        kernels().quantized_linear(*weight, rows, codes, scale, out_type, threads, out);
     });
 }
 

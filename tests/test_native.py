@@ -381,7 +381,7 @@ def test_missing_library(monkeypatch):
 
 def test_library_of_another_version(monkeypatch):
     monkeypatch.setattr(native, "ABI_VERSION", 99)
-    with pytest.raises(KernelError, match="has interface version 2, this package needs 99; reinstall"):
+    with pytest.raises(KernelError, match="has interface version 3, this package needs 99; reinstall"):
         native.load(native.find_library())
 
 

@@ -21,6 +21,7 @@ from lrqdit.packing import packed_shape
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROTATION_CODES = {"none": 0, "hadamard": 1, "block_hadamard": 2, "outlier": 3}
 BUTTERFLIES = (12, 20, 28)  # orders beside the powers of two that need no matrix
+FEW_TOKENS = 64  # whose codes the library may keep to itself
 MAX_IN_FEATURES = (1 << 17) - 1  # an int32 sum of int8 products could overflow beyond
 
 
@@ -85,12 +86,16 @@ def _apply(transform: native.Transform) -> Tensor:
     return out
 
 
-def _quantize(transform: native.Transform, bits: int, clip: float, levels: str) -> tuple[Tensor, Tensor]:
+def _rounding(bits: int, clip: float, levels: str) -> tuple[int, float, int | None]:
+    """How codes are rounded, in the arguments of the native functions."""
+    return (8, clip, normal_lookup().data_ptr()) if levels == "normal" else (bits, clip, None)
+
+
+def _quantize(transform: native.Transform, rounding: tuple[int, float, int | None]) -> tuple[Tensor, Tensor]:
     rows, width = transform.rows, transform.width
     codes, scale = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
-    bits, lookup = (8, normal_lookup().data_ptr()) if levels == "normal" else (bits, None)
     last = torch.get_num_threads(), codes.data_ptr(), scale.data_ptr()
-    native.call_plain("lrq_quantize_tokens", transform, bits, clip, lookup, *last)
+    native.call_plain("lrq_quantize_tokens", transform, *rounding, *last)
     return codes, scale
 
 
@@ -98,7 +103,7 @@ def _quantize_tokens(
     x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"
 ) -> tuple[Tensor, Tensor]:
     call = _TransformCall(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    return _quantize(call.structure, bits, clip, levels)
+    return _quantize(call.structure, _rounding(bits, clip, levels))
 
 
 class _WeightCall:
@@ -186,14 +191,23 @@ class LayerCalls:
             return True
         if layer.in_features > MAX_IN_FEATURES or not all(map(is_plain, buffers)):
             return False
-        self.format = layer.format
+        f = layer.format
+        self.rounding = _rounding(f.activation_bits, f.clip, f.token_levels)
         self.transform = _TransformCall(x.new_empty(0, layer.in_features), *layer._input_arguments()).structure
         self.weight = _WeightCall(layer.in_features, *layer._weight_arguments()).structure
         self.seen = [(weakref.ref(b), b.data_ptr()) for b in buffers]
         return True
 
     def quantize_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _quantize(self._transform(x), self.format.activation_bits, self.format.clip, self.format.token_levels)
+        return _quantize(self._transform(x), self.rounding)
+
+    def linear(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """:meth:`quantize_tokens` and :meth:`quantized_linear` in one call, for few tokens."""
+        transform, weight = self._transform(x), self.weight
+        out = torch.empty(transform.rows, weight.out_features, dtype=out_dtype)
+        last = TYPE_CODES[out_dtype], torch.get_num_threads(), out.data_ptr()
+        native.call_plain("lrq_linear", transform, *self.rounding, weight, *last)
+        return out
 
     def quantized_linear(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         return _multiply(self.weight, codes, scale, out_dtype)

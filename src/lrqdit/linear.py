@@ -281,6 +281,8 @@ class QuantLinear(nn.Linear):
             else:
                 tokens = x.reshape(-1, self.in_features)
                 y = ops.weight_only_linear(tokens, *self._input_arguments(), *self._weight_arguments(), out_dtype)
+        elif is_direct and self._is_one_call(x, out_dtype):
+            y = self.calls.linear(x, out_dtype)
         else:
             codes, scale = self._quantize(x, is_direct)
             if is_direct:
@@ -288,6 +290,11 @@ class QuantLinear(nn.Linear):
             else:
                 y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _is_one_call(self, x: Tensor, out_dtype: torch.dtype) -> bool:
+        """Whether nobody else wants the codes of a few tokens."""
+        is_few = x.numel() <= kernels.FEW_TOKENS * self.in_features
+        return is_few and self.shared_input.readers == 1 and out_dtype in kernels.TYPE_CODES
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes int8 (tokens, in_features) and steps float32 (tokens,) of x (..., in_features)."""
