@@ -7,19 +7,16 @@ namespace lrq {
 namespace LRQ_ISA {
 
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
-constexpr int64_t FEW = 4;
-
-// Tiles of channels side by side: as many streams from memory, which one alone does not keep busy, and a trellis finds the
-// tile before in registers.
+// Tiles of channels side by side: as many streams from memory, and a trellis finds the tile before in registers.
 template <int ROWS> constexpr int GROUP = ROWS == 1 ? 3 : ROWS == 2 ? 2 : 1;
 
 LRQ_INLINE void add_products(__m512i &sums, __m512i weights, __m512i tokens) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(tokens));  // as in dot()
 }
 
-// A lane keeps 16 inputs of one channel; the four words of a lane are added at the end.
+// A lane keeps 16 inputs of one channel; the four words of a lane are added at the end. Inlined, GCC 12 spills the sums.
 template <int ROWS, int TILES_AT_ONCE, int BITS, bool TRELLIS>
-inline void multiply_few(const lrq_weight &w, int64_t tile, const __m512i (*tables)[4], const int8_t *codes,
+__attribute__((noinline)) void multiply_few(const lrq_weight &w, int64_t tile, const __m512i (*tables)[4], const int8_t *codes,
                          int64_t stride, const int32_t *starts, int32_t (*sums)[ROWS][16]) {
     constexpr int64_t tile_bytes = 32 * BITS;
     const int64_t row_bytes = ceil_div(w.in_features, 16) * tile_bytes;
@@ -73,7 +70,7 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
                 for (int64_t g = 0; g < group; ++g) {
                     Tables bytes;
                     load_tables(w, tile + g, 128, bytes);
-                    w.is_trellis ? gather_tables<true>(bytes, tables[g]) : gather_tables<false>(bytes, tables[g]);
+                    with_coding(w, [&](auto b, auto is_trellis) { gather_tables<b, is_trellis>(bytes, tables[g]); });
                 }
             int32_t sums[group][ROWS][16];
             with_coding(w, [&](auto bits, auto is_trellis) {
@@ -96,7 +93,7 @@ inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *co
         case 1: return quantized_linear_rows<1>(w, codes, scale, out_type, threads, out);
         case 2: return quantized_linear_rows<2>(w, codes, scale, out_type, threads, out);
         case 3: return quantized_linear_rows<3>(w, codes, scale, out_type, threads, out);
-        case FEW: return quantized_linear_rows<FEW>(w, codes, scale, out_type, threads, out);
+        case 4: return quantized_linear_rows<4>(w, codes, scale, out_type, threads, out);
     }
 #endif
     quantized_linear_panels(w, rows, codes, scale, out_type, threads, out);

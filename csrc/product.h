@@ -1,4 +1,4 @@
-// y = codes x weights, packed weights decoded into a panel that stays in cache while all tokens pass.
+// y = codes x weights, packed weights decoded into a panel that stays in cache while all tokens pass (a few: few_tokens.h).
 //
 // Work is cut into (group of output channels) x (chunk of tokens). A thread decodes a group's panel once and reuses it
 // for the chunks of that group it is handed. Sums are int32 and exact in any order.

@@ -23,7 +23,7 @@ from lrqdit.errors import KernelError
 
 ABI_VERSION = 3
 ENVIRONMENT = "LRQDIT_KERNELS"
-ISA_NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "serial")
+ISA_NAMES = ("avx512vbmi", "avx512vnni", "avxvnni", "avx2", "neon", "serial")
 LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.dll"}.get(
     sys.platform, "liblrqdit_native.so"
 )
@@ -95,8 +95,14 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_linear": (
         ctypes.c_int,
         (
-            ctypes.POINTER(Transform), ctypes.c_int, ctypes.c_double, _pointer,
-            ctypes.POINTER(Weight), ctypes.c_int, ctypes.c_int, _pointer,
+            ctypes.POINTER(Transform),
+            ctypes.c_int,
+            ctypes.c_double,
+            _pointer,
+            ctypes.POINTER(Weight),
+            ctypes.c_int,
+            ctypes.c_int,
+            _pointer,
         ),
     ),
     "lrq_weight_only_linear": (
