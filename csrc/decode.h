@@ -29,6 +29,10 @@ struct Tables {
 inline void load_tables(const lrq_weight &w, int64_t tile, uint8_t flip, Tables &out) {
     const int64_t levels = int64_t{1} << w.bits, step = w.is_trellis ? 2 : 1;
     for (int64_t n = 0; n < 16; ++n) {
+        if (n > 1 && w.table_rows < 2) {  // the same for all channels, or for every other one
+            __builtin_memcpy(out.bytes[n], out.bytes[n & 1], 16);
+            continue;
+        }
         const int8_t *table = w.table;
         if (w.is_trellis)
             table += n & 1;
@@ -147,17 +151,25 @@ template <int BITS> LRQ_INLINE __m512i gather_lowest(const uint8_t *tile) {
 // the parity at bits 0 and 4 and the code's others between them, positions 2 and 3 all of that one bit higher. 2 and 3
 // bits: even positions have the code's second bit, its lowest and the parity at bits 0, 1 and 2, odd ones three bits
 // higher; third bits choose between two tables. The bits between are anything.
-template <int BITS> LRQ_INLINE void gather_path_tables(const Tables &tables, __m512i *out) {
-    alignas(64) uint8_t bytes[4][64];
+struct PathTables {
+    uint8_t from[4][64] = {};  // 16 parity + code
+};
+
+template <int BITS> constexpr PathTables arrange_path_tables() {
+    PathTables tables;
     for (int table = 0; table < 4; ++table)
         for (int i = 0; i < 64; ++i) {
-            const int at = BITS == 4 ? i >> (table & 1) : i >> (3 * (table & 1));
-            if (BITS == 4)
-                bytes[table][i] = tables.bytes[at >> 4 & 1][at & 15];
-            else
-                bytes[table][i] = tables.bytes[at >> 2 & 1][(at & 1) << 1 | (at >> 1 & 1) | (table >> 1) << 2];
+            const int at = i >> ((BITS == 4 ? 1 : 3) * (table & 1)), code = (at & 1) << 1 | (at >> 1 & 1) | (table >> 1) << 2;
+            tables.from[table][i] = static_cast<uint8_t>(BITS == 4 ? at & 31 : (at >> 2 & 1) << 4 | code);
         }
-    for (int table = 0; table < 4; ++table) out[table] = _mm512_load_si512(bytes[table]);
+    return tables;
+}
+
+template <int BITS> LRQ_INLINE void gather_path_tables(const Tables &tables, __m512i *out) {
+    static constexpr PathTables places = arrange_path_tables<BITS>();
+    const __m512i levels = _mm512_load_si512(tables.bytes);
+    for (int table = 0; table < 4; ++table)
+        out[table] = _mm512_permutexvar_epi8(_mm512_loadu_si512(places.from[table]), levels);
 }
 
 template <int BITS>

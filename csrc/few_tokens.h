@@ -14,10 +14,11 @@ LRQ_INLINE void add_products(__m512i &sums, __m512i weights, __m512i tokens) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(tokens));  // as in dot()
 }
 
-// A lane keeps 16 inputs of one channel; the four words of a lane are added at the end. Inlined, GCC 12 spills the sums.
+// A lane keeps 16 inputs of one channel; its four words are added at the end. Inlined, GCC 12 spills the sums.
 template <int ROWS, int TILES_AT_ONCE, int BITS, bool TRELLIS>
-__attribute__((noinline)) void multiply_few(const lrq_weight &w, int64_t tile, const __m512i (*tables)[4], const int8_t *codes,
-                         int64_t stride, const int32_t *starts, int32_t (*sums)[ROWS][16]) {
+__attribute__((noinline)) void multiply_few(const lrq_weight &w, int64_t tile, const __m512i (*tables)[4],
+                                            const int8_t *codes, int64_t stride, const int32_t *starts,
+                                            int32_t (*sums)[ROWS][16]) {
     constexpr int64_t tile_bytes = 32 * BITS;
     const int64_t row_bytes = ceil_div(w.in_features, 16) * tile_bytes;
     const uint8_t *packed = w.packed + tile * row_bytes;

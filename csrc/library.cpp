@@ -50,7 +50,8 @@ const char *missing_avx512vnni() {
 
 const char *missing_avx512vbmi() {
     if (*missing_avx512vnni()) return missing_avx512vnni();
-    return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni") ? "" : "this CPU has no AVX-512 VBMI with GFNI";
+    const bool has_both = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+    return has_both ? "" : "this CPU has no AVX-512 VBMI with GFNI";
 }
 
 const char *missing_avx2() {

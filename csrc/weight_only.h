@@ -1,7 +1,6 @@
-// The weight-only product: float32 tokens x weights decoded to int8 levels, which become float32 where they are multiplied.
+// The weight-only product: float32 tokens x weights decoded to int8 levels, made float32 where they are multiplied.
 //
-// A channel has four sums. Sum s adds, input tile after input tile, the products of inputs 4 s, ..., 4 s + 3 of the tile:
-// that is byte 0, ..., 3 of the four words of its 16 levels, so a level is taken out of a word by shifts and no level
+// A channel has four sums. Sum s adds, tile after tile, the products of inputs 4 s, ..., 4 s + 3 of the tile: that is byte 0, ..., 3 of the four words of its 16 levels, so a level is taken out of a word by shifts and no level
 // changes its place. The output is (s0 + s2) + (s1 + s3), whatever the instruction set and the number of tokens.
 #pragma once
 
@@ -24,7 +23,7 @@ LRQ_INLINE Floats repeat_four(const float *x) {
 #endif
 }
 
-// ROWS tokens (stride floats apart, see arrange_token) times the levels of `tiles` input tiles, on top of sums (ROWS, 64).
+// ROWS tokens (stride floats apart, see arrange_token) times the levels of `tiles` input tiles, added to sums (ROWS, 64).
 template <int ROWS>
 inline void multiply_floats(const uint8_t *levels, int64_t tiles, const float *x, int64_t stride, float *sums) {
     constexpr int REGISTERS = ROWS > 4 ? 2 : ROWS == 1 || WIDTH == 16 ? 4 : 2;
@@ -59,11 +58,11 @@ LRQ_INLINE void arrange_token(const float *x, int64_t width, int64_t padded, flo
 inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x, int out_type, int threads,
                                void *out) {
     const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
-    const int64_t stride = 16 * in_tiles;
+    const int64_t stride = 16 * in_tiles + 16;  // not a power of two: tokens would share one set of the first cache
     float *tokens = static_cast<float *>(scratch(SLOT_SHARED, sizeof(float) * least(rows, FLOAT_TOKENS) * stride));
     for (int64_t first = 0; first < rows; first += FLOAT_TOKENS) {
         const int64_t count = least(FLOAT_TOKENS, rows - first);
-        for (int64_t m = 0; m < count; ++m) arrange_token(x + (first + m) * width, width, stride, tokens + m * stride);
+        for (int64_t m = 0; m < count; ++m) arrange_token(x + (first + m) * width, width, 16 * in_tiles, tokens + m * stride);
         parallel_for(threads, out_tiles, [&](int64_t tile) {
             const LevelDecoder decoder(w, tile);
             alignas(64) uint8_t levels[256 * FLOAT_TILES];
