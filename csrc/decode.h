@@ -37,6 +37,10 @@ struct Tables {
 inline void load_tables(const lrq_weight &w, int64_t tile, uint8_t flip, Tables &out) {
     const int64_t levels = int64_t{1} << w.bits, step = w.is_trellis ? 2 : 1;
     for (int64_t n = 0; n < 16; ++n) {
+        if (n > 1 && w.table_rows < 2) {  // the same for all channels, or for every other one
+            __builtin_memcpy(out.bytes[n], out.bytes[n & 1], 16);
+            continue;
+        }
         const int8_t *table = w.table;
         if (w.is_trellis)
             table += n & 1;
@@ -126,10 +130,107 @@ LRQ_INLINE void decode_channels(const uint8_t *tile, const uint8_t *before, cons
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
-// The same for all four lanes at once: out[p] is position p, 4 channels x 16 inputs. tables: of the four positions; of a
-// trellis the even and the odd levels. At 8 bits the codes are the weights.
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+// A path by linear maps of bits: bit i of the result is the sum modulo 2 of the source's bits rows[i].
+constexpr int64_t bit_matrix(const uint8_t (&rows)[8]) {
+    uint64_t matrix = 0;
+    for (int i = 0; i < 8; ++i) matrix |= static_cast<uint64_t>(rows[i]) << (8 * (7 - i));
+    return static_cast<int64_t>(matrix);
+}
+
+// What the bytes of one lane, of the lane before and of the one before that give together.
+LRQ_INLINE __m512i map_bits(__m512i x, __m512i y, __m512i z, const uint8_t (&own)[8], const uint8_t (&one_before)[8],
+                            const uint8_t (&two_before)[8]) {
+    const __m512i a = _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(bit_matrix(own)), 0);
+    const __m512i b = _mm512_gf2p8affine_epi64_epi8(y, _mm512_set1_epi64(bit_matrix(one_before)), 0);
+    const __m512i c = _mm512_gf2p8affine_epi64_epi8(z, _mm512_set1_epi64(bit_matrix(two_before)), 0);
+    return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+
+// The lowest bits of a tile's codes, position p's at bit 4 (p & 1) + p / 2, other bits undefined; or 2 and 3 bits' codes.
+template <int BITS> LRQ_INLINE __m512i gather_lowest(const uint8_t *tile) {
+    const __m512i first = _mm512_loadu_si512(tile);
+    if constexpr (BITS != 4) return first;
+    const __m512i second = _mm512_slli_epi16(_mm512_loadu_si512(tile + 64), 1);
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x22), second, first, 0xca);
+}
+
+// A level's place in the table of 64 is a byte's lower six bits. 4 bits: positions 0 and 1 have their code's lowest bit and
+// the parity at bits 0 and 4 and the code's others between them, positions 2 and 3 all of that one bit higher. 2 and 3
+// bits: even positions have the code's second bit, its lowest and the parity at bits 0, 1 and 2, odd ones three bits
+// higher; third bits choose between two tables. The bits between are anything.
+struct PathTables {
+    uint8_t from[4][64] = {};  // 16 parity + code
+};
+
+template <int BITS> constexpr PathTables arrange_path_tables() {
+    PathTables tables;
+    for (int table = 0; table < 4; ++table)
+        for (int i = 0; i < 64; ++i) {
+            const int at = i >> ((BITS == 4 ? 1 : 3) * (table & 1)), code = (at & 1) << 1 | (at >> 1 & 1) | (table >> 1) << 2;
+            tables.from[table][i] = static_cast<uint8_t>(BITS == 4 ? at & 31 : (at >> 2 & 1) << 4 | code);
+        }
+    return tables;
+}
+
+template <int BITS> LRQ_INLINE void gather_path_tables(const Tables &tables, __m512i *out) {
+    static constexpr PathTables places = arrange_path_tables<BITS>();
+    const __m512i levels = _mm512_load_si512(tables.bytes);
+    for (int table = 0; table < 4; ++table)
+        out[table] = _mm512_permutexvar_epi8(_mm512_loadu_si512(places.from[table]), levels);
+}
+
+template <int BITS>
+LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __m512i *tables, __m512i *out) {
+    const __m512i x = gather_lowest<BITS>(tile);
+    const __m512i last = before ? gather_lowest<BITS>(before) : _mm512_setzero_si512();
+    const __m512i y = _mm512_alignr_epi64(x, last, 6), z = _mm512_alignr_epi64(x, last, 4);
+    // a level's lowest bit is that of codes n, n - 1 and n - 6, its parity that of codes n - 2 and n - 4
+    if constexpr (BITS == 4) {
+        constexpr uint8_t p0 = 1, p1 = 16, p2 = 2, p3 = 32;
+        // lowest bits of positions 0, 2, 1, 3, then the parities
+        constexpr uint8_t own[8] = {p0, p2 | p1, p1 | p0, p3 | p2, 0, p0, 0, p1};
+        constexpr uint8_t one_before[8] = {p3, p0, 0, p1, p2 | p0, p2, p3 | p1, p3};
+        constexpr uint8_t two_before[8] = {p2, 0, p3, 0, 0, 0, 0, 0};
+        const __m512i path = map_bits(x, y, z, own, one_before, two_before), odd = _mm512_srli_epi16(path, 2);
+        const __m512i low = _mm512_loadu_si512(tile), high = _mm512_loadu_si512(tile + 64);
+        const __m512i first = _mm512_set1_epi8(0x11), second = _mm512_set1_epi8(0x22);
+        const auto look = [&](__m512i mask, __m512i bits, __m512i codes, __m512i table) LRQ_LAMBDA {
+            return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi64(mask, bits, codes, 0xca), table);
+        };
+        out[0] = look(first, path, low, tables[0]);
+        out[1] = look(first, odd, _mm512_srli_epi16(low, 4), tables[0]);
+        out[2] = look(second, path, _mm512_slli_epi16(high, 1), tables[1]);
+        out[3] = look(second, odd, _mm512_srli_epi16(high, 3), tables[1]);
+    } else {
+        constexpr uint8_t p0 = 1, p1 = 4, p2 = 16, p3 = 64;
+        constexpr uint8_t own[2][8] = {{2 * p0, p0, 0, 2 * p1, p1 | p0, 0, 0, 0},
+                                       {2 * p2, p2 | p1, p0, 2 * p3, p3 | p2, p1, 0, 0}};
+        constexpr uint8_t one_before[2][8] = {{0, p3, p2 | p0, 0, 0, p3 | p1, 0, 0}, {0, p0, p2, 0, p1, p3, 0, 0}};
+        constexpr uint8_t two_before[2][8] = {{0, p2, 0, 0, p3, 0, 0, 0}, {}};
+        unroll<2>([&](auto half) LRQ_LAMBDA {
+            const __m512i index = map_bits(x, y, z, own[half], one_before[half], two_before[half]);
+            unroll<2>([&](auto odd) LRQ_LAMBDA {
+                __m512i level = _mm512_permutexvar_epi8(index, tables[odd]);
+                if constexpr (BITS == 3) {
+                    uint64_t third;
+                    __builtin_memcpy(&third, tile + 64 + 8 * (2 * half + odd), 8);
+                    level = _mm512_mask_permutexvar_epi8(level, _cvtu64_mask64(third), index, tables[2 + odd]);
+                }
+                out[2 * half + odd] = level;
+            });
+        });
+    }
+}
+#endif
+
+// The same for all four lanes at once: out[p] is position p, 4 channels x 16 inputs. tables: from gather_tables. At 8
+// bits the codes are the weights.
 template <int BITS, bool TRELLIS>
 LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, const __m512i *tables, __m512i *out) {
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+    if constexpr (TRELLIS) return decode_path<BITS>(tile, before, tables, out);
+#endif
     constexpr int planes = PLANES<BITS>;
     u8x64 x[planes], parity[planes] = {};
     unroll<planes>([&](auto v) LRQ_LAMBDA { x[v] = load<u8x64>(tile + 64 * v); });
@@ -161,7 +262,11 @@ LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, con
     });
 }
 
-template <bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &tables, __m512i *out) {
+// Of the four positions; of a trellis the even and the odd levels.
+template <int BITS, bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &tables, __m512i *out) {
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+    if constexpr (TRELLIS) return gather_path_tables<BITS>(tables, out);
+#endif
     for (int p = 0; p < 4; ++p) {
         __m512i v = {};
         for (int j = 0; j < 4; ++j) {
@@ -185,7 +290,7 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
     load_tables(w, tile, IS_BIASED ? 128 : 0, tables);
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
     __m512i wide[4];
-    gather_tables<TRELLIS>(tables, wide);
+    gather_tables<BITS, TRELLIS>(tables, wide);
 #endif
     for (int64_t t = from; t < to; ++t) {
         const uint8_t *at = packed + t * tile_bytes, *before = TRELLIS && tile ? at - row_bytes : nullptr;
@@ -232,6 +337,47 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
 #endif
     }
 }
+
+// The levels of one tile of channels as int8, in the order of 8-bit codes: byte 64 p + 16 j + k of an input tile.
+class LevelDecoder {
+  public:
+    LevelDecoder(const lrq_weight &w, int64_t tile) : weight(w), tile(tile) {
+        load_tables(w, tile, 0, tables);
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+        with_coding(w, [&](auto bits, auto is_trellis) { gather_tables<bits, is_trellis>(tables, wide); });
+#endif
+    }
+
+    // input tiles [from, to)
+    void operator()(int64_t from, int64_t to, uint8_t *out) const {
+        with_coding(weight, [&](auto bits, auto is_trellis) {
+            constexpr int64_t tile_bytes = 32 * bits;
+            const int64_t row_bytes = ceil_div(weight.in_features, 16) * tile_bytes;
+            const uint8_t *at = weight.packed + tile * row_bytes + from * tile_bytes;
+            for (; from < to; ++from, at += tile_bytes, out += 256) {
+                const uint8_t *before = is_trellis && tile ? at - row_bytes : nullptr;
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+                __m512i v[4];
+                decode_positions<bits, is_trellis>(at, before, wide, v);
+                for (int p = 0; p < 4; ++p)
+                    store(out + 64 * p, bits == 8 ? _mm512_xor_si512(v[p], _mm512_set1_epi8(-128)) : v[p]);
+#else
+                u8x16 channels[16];
+                decode_channels<bits, is_trellis>(at, before, tables, 0, channels);
+                for (int n = 0; n < 16; ++n) store(out + 64 * (n & 3) + 16 * (n >> 2), channels[n]);
+#endif
+            }
+        });
+    }
+
+  private:
+    const lrq_weight &weight;
+    const int64_t tile;
+    Tables tables;
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+    __m512i wide[4];
+#endif
+};
 
 }  // namespace LRQ_ISA
 }  // namespace lrq
