@@ -125,7 +125,7 @@ class QuantizationConfig:
     token_levels: str = "auto"
     rounding: str = "compensated"
     hessian: str = "output"
-    principal_rank: int = 16
+    principal_rank: int = 24
     damping: float = 0.03
     moment_gib: float = 16.0
     keep_bits: int = 8

@@ -32,7 +32,7 @@ from lrqdit.linear import LinearFormat, QuantLinear
 
 OUTLIER_GAIN = 0.10
 PRINCIPAL_GAIN = 0.25
-CHANNELS_PER_DIRECTION = 16
+PRINCIPAL_SHARE = 0.2  # of the codes' bits, at most, for the directions that pass beside them
 UNROTATED_GAIN = 2.0
 SALIENT_RATIO = 4.0
 ROWS_FOR_CHOICE = 384
@@ -123,7 +123,7 @@ def choose_transform(
     is_measured = config.rotation == "auto" or config.smoothing == "auto"
     # R1 P R2 costs time and bits; and compensated rounding gains more on rotated columns than is measured here
     penalties = {"outlier": 1 / (1 - OUTLIER_GAIN), "none": UNROTATED_GAIN if config.rounding == "compensated" else 1.0}
-    rank = _principal_rank(config, weights) if activation_bits == 4 else 0
+    rank = _principal_rank(config, weights, weight_bits) if activation_bits == 4 else 0
     moment = None if rank == 0 else stats.second_moment(center)
     best: tuple[float, InputTransform, GroupReport] | None = None
     errors: dict[str, float] = {}
@@ -169,10 +169,11 @@ def choose_transform(
     return best[1], best[2]
 
 
-def _principal_rank(config: QuantizationConfig, weights: dict[str, Tensor]) -> int:
-    """Directions that pass beside the codes: fewer where they would cost more than a bit per weight."""
-    narrowest = min(min(w.shape) for w in weights.values())
-    return min(config.principal_rank, narrowest // CHANNELS_PER_DIRECTION)
+def _principal_rank(config: QuantizationConfig, weights: dict[str, Tensor], weight_bits: int) -> int:
+    """Directions that pass beside the codes: fewer where a byte for each of their entries would be too much."""
+    heights, width = [len(w) for w in weights.values()], next(iter(weights.values())).shape[1]
+    affordable = PRINCIPAL_SHARE * weight_bits * width * sum(heights) / (8 * (width + sum(heights)))
+    return min(config.principal_rank, int(affordable), *heights, width)
 
 
 def _with_principal(transform: InputTransform, moment: Tensor | None, rank: int, seed: int) -> InputTransform | None:
