@@ -242,14 +242,13 @@ inline void multiply_few(const lrq_weight &w, int64_t tile, const int8_t *codes,
     const uint8_t *before = TRELLIS && tile ? packed - in_tiles * (32 * BITS) : nullptr;
     Tables tables;
     load_tables(w, tile, 128, tables);
-    __m512i wide[4], acc[ROWS][4];
-    gather_tables<TRELLIS>(tables, wide);
+    __m512i acc[ROWS][4];
     unroll<ROWS>([&](auto m) LRQ_LAMBDA { unroll<4>([&](auto p) LRQ_LAMBDA { acc[m][p] = _mm512_setzero_si512(); }); });
     for (int64_t t = 0; t < in_tiles; ++t) {
         __m512i v[4];
         _mm_prefetch(reinterpret_cast<const char *>(packed + t * (32 * BITS) + 1024), _MM_HINT_T0);
         const int64_t at = t * (32 * BITS);
-        decode_positions<BITS, TRELLIS>(packed + at, before ? before + at : nullptr, wide, v);
+        decode_positions<BITS, TRELLIS>(packed + at, before ? before + at : nullptr, tables, v);
         unroll<ROWS>([&](auto m) LRQ_LAMBDA {
             const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + m * stride + 16 * t)));
             unroll<4>([&](auto p) LRQ_LAMBDA { acc[m][p] = _mm512_dpbusd_epi32(acc[m][p], v[p], q); });

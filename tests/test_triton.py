@@ -31,7 +31,7 @@ SMALL_PLANS = (
     Plan("decoded", 16, 16, 32, 4, 2, True),
     Plan("float", 16, 16, 32, 4, 2),
 )
-TRELLIS = [(bits, "trellis") for bits in (2, 3, 4)]
+TRELLIS = [(bits, "trellis") for bits in (2, 3, 4, 5)]
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]
 
 
@@ -208,7 +208,7 @@ def test_long_sums_are_exact():
         assert torch.equal(y.cpu(), expected)
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(2, "N"), (3, "1"), (4, "N"), (8, "1"), *TRELLIS])
+@pytest.mark.parametrize(("bits", "rows"), [(2, "N"), (3, "1"), (4, "N"), (5, "N"), (6, "1"), (8, "1"), *TRELLIS])
 @pytest.mark.parametrize("x_dtype", DTYPES)
 def test_weight_only_linear(bits, rows, x_dtype):
     weight, _ = random_weight(19, 48, bits, rows)
