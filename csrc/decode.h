@@ -44,7 +44,7 @@ inline void load_tables(const lrq_weight &w, int64_t tile, uint8_t flip, Tables 
                 store(part + at, load<u8x16>(part));
             else
                 for (int64_t c = 0; c < 16; ++c)
-                    part[at + c] = static_cast<uint8_t>(table[(16 * (i % parts) + c) % levels * step + i / parts]) ^ flip;
+                    part[at + c] = static_cast<uint8_t>(table[((16 * i + c) & (levels - 1)) * step + i / parts]) ^ flip;
         }
     }
 }
