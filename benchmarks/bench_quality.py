@@ -11,11 +11,12 @@ after every row, so a killed run continues where it stopped.
     python benchmarks/bench_quality.py --pictures FILE.png --presets lrqdit rtn --bits w3a4
     python benchmarks/bench_quality.py --model FOLDER --prompts FILE --out my.json
 
-`lrqdit` is this package's default and `lrq-dit-paper` the published method, both as packed layers. `lrqdit-mixed` is
-the default with mixed precision, given no more true bits than `lrqdit` takes at the same setting, and
-`lrqdit-equal-bits` the same, given those of `lrq-dit-paper`. Every other preset is a recipe of `lrqdit.presets`,
-simulated. True bits count everything, layers kept in float at 16 bits. `--presets package:NAME` runs another package
-itself (`packages.py`), where it is installed and has the setting.
+`lrqdit` is this package's default and `lrq-dit-paper` the published method, both as packed layers. `lrqdit-uniform` is
+the default with the same weight bits in every layer, `lrqdit-measured` with layers' bits chosen by running the model,
+in no more true bits than `lrqdit` takes at the same setting, and `lrqdit-equal-bits` the same, given those of
+`lrq-dit-paper`. Every other preset is a recipe of `lrqdit.presets`, simulated. True bits count everything, layers kept
+in float at 16 bits. `--presets package:NAME` runs another package itself (`packages.py`), where it is installed and
+has the setting.
 """
 
 import argparse
@@ -50,9 +51,16 @@ import packages  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SETTINGS = ("w4a8", "w4a4", "w3a8", "w3a6", "w3a4", "w2a4")
-OURS = {"lrqdit": "auto", "lrq-dit-paper": "paper"}
-BUDGETS = {"lrqdit-mixed": "lrqdit", "lrqdit-equal-bits": "lrq-dit-paper"}  # whose true bits mixed precision is given
-PRESETS = (*OURS, *BUDGETS, *RECIPES)
+OURS = {
+    "lrqdit": {},
+    "lrqdit-uniform": {"sensitivity": "none"},
+    "lrqdit-measured": {"sensitivity": "measured"},
+    "lrqdit-equal-bits": {"sensitivity": "measured"},
+    "lrq-dit-paper": {"mode": "paper"},
+}
+BUDGETS = {"lrqdit-measured": "lrqdit", "lrqdit-equal-bits": "lrq-dit-paper"}  # whose true bits they are given
+PRESETS = (*OURS, *RECIPES)
+LAYER_PRESETS = ("lrqdit", "lrq-dit-paper", *RECIPES)
 PACKAGES = {f"package:{name}": name for name in packages.PACKAGES}
 CHECKED = (("lrqdit", "w3a8"), ("rtn", "w4a4"))
 CHECKED_PICTURES, CHECK_TOLERANCE = 16, 0.15
@@ -119,10 +127,10 @@ def quantize(
 ) -> float:
     """Quantize in place; returns the true bits."""
     config = QuantizationConfig.from_name(bits)
-    if preset in OURS or preset in BUDGETS:
+    if preset in OURS:
         lrqdit.quantize(
-            pipeline, bits, mode=OURS.get(preset, "auto"), calibration=calibration, average_bits=average_bits,
-            stored_dtypes=dict.fromkeys(calibration, torch.float16), show_progress=False,
+            pipeline, bits, calibration=calibration, average_bits=average_bits, show_progress=False,
+            stored_dtypes=dict.fromkeys(calibration, torch.float16), **OURS[preset],
         )  # fmt: skip
         found = measure_size(pipelines.denoisers(pipeline).half()).true_bits
         pipelines.denoisers(pipeline).float()
@@ -350,9 +358,9 @@ def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> l
         varying = float((target - target.mean(0)).square().sum())
         for setting in bits:
             config = QuantizationConfig.from_name(setting)
-            for preset in (*OURS, *RECIPES):
+            for preset in LAYER_PRESETS:
                 if preset in OURS:
-                    config = QuantizationConfig.from_name(setting, mode=OURS[preset])
+                    config = QuantizationConfig.from_name(setting, **OURS[preset])
                     both = config.weight_bits, config.activation_bits
                     transform, report = choose_transform({"layer": weight}, stats, config, *both)
                     curvature = None

@@ -33,7 +33,25 @@ template <class Body> LRQ_INLINE void for_sixteens(const float *row, int64_t col
     body(k, rest, static_cast<int>(columns - k));
 }
 
-LRQ_INLINE f64x8 widen(const float *values) { return __builtin_convertvector(load<f32x8>(values), f64x8); }
+LRQ_INLINE f64x8 widen(f32x8 v) {
+#if defined(__AVX512F__)
+    return (f64x8)_mm512_cvtps_pd((__m256)v);
+#else
+    return __builtin_convertvector(v, f64x8);
+#endif
+}
+
+LRQ_INLINE f64x8 widen(const float *values) { return widen(load<f32x8>(values)); }
+
+template <int SECOND> LRQ_INLINE f32x8 half(f32x16 v) {
+#if defined(__AVX512F__)
+    return (f32x8)_mm512_extractf32x8_ps((__m512)v, SECOND);
+#else
+    float values[16];
+    store(values, v);
+    return load<f32x8>(values + 8 * SECOND);
+#endif
+}
 
 LRQ_INLINE f64x8 magnitude(f64x8 v) { return (f64x8)((i64x8)v & 0x7fffffffffffffff); }
 
@@ -77,23 +95,30 @@ inline RowStatistics measure_row(const float *row, int64_t columns) {
 
 // Adds (mass, moment) of each entry, its importance times `energy`, to its bin.
 inline void count_row(const float *row, const lrq_matrix &m, double inverse, double energy, f64x2 *bins) {
-    for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto count) LRQ_LAMBDA {
-        double mass[16], moment[16];
-        int32_t index[16];
-        unroll<2>([&](auto i) LRQ_LAMBDA {
-            const f64x8 units = widen(values + 8 * i) * inverse;
-            const f64x8 place = (1 + units / (1 + magnitude(units))) * BINS;
-            store(index + 8 * i, __builtin_convertvector(place, i32x8));
-            f64x8 weights = energy - (f64x8){};
-            if (m.importance) {
-                for (int j = 0; j < 8; ++j)
-                    if (8 * i + j < count) weights[j] *= m.importance[k + 8 * i + j];
-                store(mass + 8 * i, weights);
-            }
-            store(moment + 8 * i, weights * units);
+    constexpr int64_t CHUNK = 256;  // bins are found for many entries at once, so that divisions overlap with additions
+    double mass[CHUNK], moment[CHUNK];
+    int32_t index[CHUNK];
+    for (int64_t first = 0; first < m.columns; first += CHUNK) {
+        const int64_t size = least(CHUNK, m.columns - first);
+        for_sixteens(row + first, size, [&](int64_t k, const float *values, auto count) LRQ_LAMBDA {
+            unroll<2>([&](auto i) LRQ_LAMBDA {
+                const f64x8 units = widen(values + 8 * i) * inverse;
+                const f64x8 place = (1 + units / (1 + magnitude(units))) * BINS;
+                store(index + k + 8 * i, __builtin_convertvector(place, i32x8));
+                f64x8 weights = energy - (f64x8){};
+                if (m.importance) {
+                    for (int j = 0; j < 8; ++j)
+                        if (8 * i + j < count) weights[j] *= m.importance[first + k + 8 * i + j];
+                    store(mass + k + 8 * i, weights);
+                }
+                store(moment + k + 8 * i, weights * units);
+            });
         });
-        for (int i = 0; i < count; ++i) bins[index[i]] += (f64x2){m.importance ? mass[i] : energy, moment[i]};
-    });
+        if (m.importance)
+            for (int64_t i = 0; i < size; ++i) bins[index[i]] += (f64x2){mass[i], moment[i]};
+        else
+            for (int64_t i = 0; i < size; ++i) bins[index[i]] += (f64x2){energy, moment[i]};
+    }
 }
 
 inline f64x2 *clear(f64x2 *bins, int64_t count) {
@@ -165,12 +190,12 @@ LRQ_INLINE f32x16 pick(f32x16 table, i32x16 index) {
 #endif
 }
 
-LRQ_INLINE void find_slots(f32x16 v, int32_t *slots) {
-    const f32x16 low = splat16(-SLOTS / 2), high = splat16(SLOTS / 2 - 1);
+template <class V> LRQ_INLINE void find_slots(V v, int32_t *slots) {
+    const V low = -SLOTS / 2 - V{}, high = SLOTS / 2 - 1 - V{};
     v = v * 2;
     v = v < low ? low : v > high ? high : v;
-    const i32x16 whole = __builtin_convertvector(v, i32x16);
-    store(slots, whole + (__builtin_convertvector(whole, f32x16) > v) + SLOTS / 2);  // a true comparison is -1
+    const auto whole = __builtin_convertvector(v, decltype(v > v));
+    store(slots, whole + (__builtin_convertvector(whole, V) > v) + SLOTS / 2);  // a true comparison is -1
 }
 
 // Up to 16 ascending levels.
@@ -253,14 +278,14 @@ struct Moments {
 };
 
 // Σ d t^2 and Σ d t w of the nearest levels.
-template <class Levels> Moments measure_codes(const float *row, const lrq_matrix &m, const Levels &levels, float scale) {
+template <int BITS>
+Moments measure_codes(const float *row, const lrq_matrix &m, const Levels<BITS> &levels, float scale) {
     const f32x16 divisor = splat16(scale == 0 ? 1 : scale);
     f64x8 squares[2] = {}, products[2] = {};
     for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto count) LRQ_LAMBDA {
-        float nearest[16];
-        store(nearest, levels.nearest(load<f32x16>(values) / divisor));
+        const f32x16 nearest = levels.nearest(load<f32x16>(values) / divisor);
         unroll<2>([&](auto i) LRQ_LAMBDA {
-            const f64x8 t = widen(nearest + 8 * i);
+            const f64x8 t = widen(half<i>(nearest));
             f64x8 weighted = t;
             if (m.importance) {
                 for (int j = 0; j < 8; ++j)
@@ -337,11 +362,12 @@ inline double search_scale(const f64x2 *below, const Ladder &ladder, const doubl
     return ladder.base * grid[best];
 }
 
-template <class Levels> float polish_scale(const float *row, const lrq_matrix &m, const Levels &levels, float scale) {
+template <int BITS>
+float polish_scale(const float *row, const lrq_matrix &m, const Levels<BITS> &levels, float scale) {
     float best = scale;
     double smallest = __builtin_inf();
     for (int i = 0; i <= POLISHES; ++i) {
-        const Moments sums = measure_codes(row, m, levels, scale);
+        const Moments sums = measure_codes<BITS>(row, m, levels, scale);
         const double error = sums.error(scale);
         if (error < smallest) best = scale, smallest = error;
         if (sums.product > 0) scale = static_cast<float>(sums.product / (sums.square > 0 ? sums.square : 1));
@@ -372,7 +398,7 @@ void fit_scales_of(const lrq_matrix &m, const int8_t *table, int64_t table_rows,
         accumulate(below + 1);
         const double largest = s.highest > -s.lowest ? s.highest : -s.lowest;
         const double scale = search_scale(below, ladder, grid, coarse_count, largest > 1 ? largest : 1, edges);
-        row_scale[i] = polish_scale(row, m, levels, static_cast<float>(scale * s.root_mean_square));
+        row_scale[i] = polish_scale<BITS>(row, m, levels, static_cast<float>(scale * s.root_mean_square));
     });
 }
 

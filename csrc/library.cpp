@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -148,6 +149,14 @@ void check(const lrq_transform *t, int threads, const void *out) {
     }
 }
 
+void check(const lrq_transform *t, int bits, double clip, int threads, const void *codes, const float *scale) {
+    check(t, threads, codes);
+    require(scale || !t->rows, "quantize_tokens: the steps' memory is missing");
+    require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
+    // below, x / step would leave the range of the rounding
+    require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");
+}
+
 void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, int threads, const void *out) {
     require(w && w->packed && w->row_scale, "linear: the weight lacks a part");
     require(rows >= 0 && ((x && out) || rows == 0), "linear: input or output is missing");
@@ -199,6 +208,8 @@ void *scratch(Slot slot, size_t bytes) {
     }
     return buffer.memory;
 }
+
+void yield() { std::this_thread::yield(); }
 
 uint64_t next_call() {
     static std::atomic<uint64_t> calls{0};
@@ -294,11 +305,7 @@ int lrq_apply_transform(const lrq_transform *transform, int threads, float *out)
 int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, const int8_t *lookup, int threads,
                         int8_t *codes, float *scale) {
     return guarded([&] {
-        check(transform, threads, codes);
-        require(scale || !transform->rows, "quantize_tokens: the steps' memory is missing");
-        require(bits >= 2 && bits <= 8, "quantize_tokens: bits must be 2 to 8");
-        // below, x / step would leave the range of the rounding
-        require(clip >= 1e-4, "quantize_tokens: clip must be 0.0001 or more");
+        check(transform, bits, clip, threads, codes, scale);
         if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, lookup, threads, codes, scale);
     });
 }
@@ -309,6 +316,17 @@ int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *c
         check(weight, rows, codes, out_type, threads, out);
         require(scale || !rows, "linear: the steps are missing");
         if (rows) kernels().quantized_linear(*weight, rows, codes, scale, out_type, threads, out);
+    });
+}
+
+int lrq_linear(const lrq_transform *transform, int bits, double clip, const int8_t *lookup, const lrq_weight *weight,
+               int out_type, int threads, int8_t *codes, float *scale, void *out) {
+    return guarded([&] {
+        check(transform, bits, clip, threads, codes, scale);
+        check(weight, transform->rows, codes, out_type, threads, out);
+        require(weight->in_features == transform->width, "linear: transform and weight differ in width");
+        if (transform->rows)
+            kernels().linear(*transform, bits, clip, lookup, *weight, out_type, threads, codes, scale, out);
     });
 }
 

@@ -13,7 +13,7 @@
 #define LRQ_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define LRQ_ABI_VERSION 2
+#define LRQ_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -82,6 +82,9 @@ LRQ_EXPORT int lrq_quantize_tokens(const lrq_transform *transform, int bits, dou
 /* out: (rows, N) of out_type = sum_k codes w * scale + bias. */
 LRQ_EXPORT int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *codes, const float *scale,
                                     int out_type, int threads, void *out);
+/* Both in one pass, which costs less; codes and scale are written, too. */
+LRQ_EXPORT int lrq_linear(const lrq_transform *transform, int bits, double clip, const int8_t *lookup,
+                          const lrq_weight *weight, int out_type, int threads, int8_t *codes, float *scale, void *out);
 /* out: (rows, N) of out_type = x w^T + bias, x float32 (rows, K). */
 LRQ_EXPORT int lrq_weight_only_linear(const lrq_weight *weight, int64_t rows, const float *x, int out_type, int threads,
                                       void *out);

@@ -4,7 +4,7 @@
 // for the chunks of that group it is handed. Sums are int32 and exact in any order.
 #pragma once
 
-#include "decode.h"
+#include "transform.h"
 
 namespace lrq {
 namespace LRQ_ISA {
@@ -12,34 +12,64 @@ namespace LRQ_ISA {
 constexpr int64_t BLOCK_CHANNELS = 16 * TILES;
 constexpr int64_t SPLIT_BLOCKS = 4;
 
-// y = sum * row_scale * scale + bias for `rows` tokens from `first` and WIDTH channels from n; sums lie stride apart.
-template <class Value>
-LRQ_INLINE void finish(const lrq_weight &w, const Value *sums, int64_t stride, const float *scale, int64_t first,
-                       int64_t rows, int64_t n, int type, void *out) {
-    if (n >= w.out_features) return;
-    const int64_t count = least(WIDTH, w.out_features - n);
-    const Floats row_scale = load_as<LRQ_FLOAT32>(w.row_scale, n, count);
-    const Floats bias = w.bias ? load_as<LRQ_FLOAT32>(w.bias, n, count) : Floats{};
-    with_type(type, [&](auto t) LRQ_LAMBDA {
-        for (int64_t i = 0; i < rows; ++i) {
-            Floats y;
+// y = sum * row_scale * scale + bias for `rows` tokens from `first` and V registers of channels from n, the last
+// register in part; sums lie stride apart.
+template <int V, int TYPE, class Value>
+LRQ_INLINE void finish_as(const lrq_weight &w, const Value *sums, int64_t stride, const float *scale, int64_t first,
+                          int64_t rows, int64_t n, void *out) {
+    const int64_t width = w.out_features, last = least(WIDTH, width - n - (V - 1) * WIDTH);
+    Floats row_scale[V], bias[V];
+    unroll<V>([&](auto v) LRQ_LAMBDA {
+        const int64_t at = n + v * WIDTH, count = v < V - 1 ? WIDTH : last;
+        row_scale[v] = load_as<LRQ_FLOAT32>(w.row_scale, at, count);
+        bias[v] = w.bias ? load_as<LRQ_FLOAT32>(w.bias, at, count) : splat(-0.0f);  // adding that changes nothing
+    });
+    for (int64_t i = 0; i < rows; ++i) {
+        Floats y[V];
+        unroll<V>([&](auto v) LRQ_LAMBDA {
+            const Value *sum = sums + i * stride + v * WIDTH;
             if constexpr (std::is_same<Value, int32_t>::value)
-                y = __builtin_convertvector(load<Ints>(sums + i * stride), Floats) * row_scale * splat(scale[i]);
+                y[v] = __builtin_convertvector(load<Ints>(sum), Floats) * row_scale[v] * splat(scale[i]) + bias[v];
             else
-                y = load<Floats>(sums + i * stride) * row_scale;
-            if (w.bias) y += bias;
-            const int64_t at = (first + i) * w.out_features + n;
-            count == WIDTH ? store_as<t>(out, at, y, WIDTH) : store_as<t>(out, at, y, count);
-        }
+                y[v] = load<Floats>(sum) * row_scale[v] + bias[v];
+        });
+        const int64_t at = (first + i) * width + n;
+        unroll<V - 1>([&](auto v) LRQ_LAMBDA { store_as<TYPE>(out, at + v * WIDTH, y[v], WIDTH); });
+        store_as<TYPE>(out, at + (V - 1) * WIDTH, y[V - 1], last);
+    }
+}
+
+// The same for `channels` from n, up to those that are there.
+template <class Value>
+LRQ_INLINE void finish_channels(const lrq_weight &w, const Value *sums, int64_t channels, const float *scale,
+                                int64_t first, int64_t rows, int64_t n, int type, void *out) {
+    constexpr int most = BLOCK_CHANNELS / WIDTH;
+    const int64_t registers = ceil_div(least(channels, w.out_features - n), WIDTH);
+    with_type(type, [&](auto t) LRQ_LAMBDA {
+        if (registers == most) return finish_as<most, t>(w, sums, channels, scale, first, rows, n, out);
+        for (int64_t v = 0; v < registers; ++v)
+            finish_as<1, t>(w, sums + v * WIDTH, channels, scale, first, rows, n + v * WIDTH, out);
     });
 }
 
+// What comes next, fetched line by line while something else is multiplied: rows of row_bytes, pitch apart.
+struct Ahead {
+    const uint8_t *at;
+    int64_t row_bytes, pitch, rows, done;
+
+    LRQ_INLINE void fetch() {
+        if (!rows) return;
+        __builtin_prefetch(at + done);  // into all caches: for outer ones alone, Zen 4 fetches nothing in time
+        done += 64;
+        if (done >= row_bytes) done = 0, at += pitch, --rows;
+    }
+};
+
 // ROWS tokens (stride bytes apart) times T tiles of channels over `steps` steps -> sums (ROWS, 16 * T), on top of what is
-// there, or of one start per token. Two streams are fetched into the second cache on the way, `advance` bytes per step:
-// from `next`, and from `gap` bytes behind.
+// there, or of one start per token. A line is fetched ahead every `pace` steps.
 template <int ROWS, int T>
 inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
-                           const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t gap, int64_t advance) {
+                           const int32_t *starts, int32_t *sums, Ahead &ahead, int64_t pace) {
     constexpr int V = T * 16 / LANES;
     Sums acc[ROWS][V];
     unroll<ROWS>([&](auto m) LRQ_LAMBDA {
@@ -47,16 +77,20 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
             acc[m][v] = starts ? splat_sums(starts[m]) : load<Sums>(sums + (m * V + v) * LANES);
         });
     });
-    for (int64_t k = 0; k < steps; ++k) {
-        __builtin_prefetch(next, 0, 2);
-        __builtin_prefetch(next + gap, 0, 2);
-        next += advance;
-        unroll<ROWS>([&](auto m) LRQ_LAMBDA {
-            const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
-            unroll<V>([&](auto v) LRQ_LAMBDA { acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q); });
-        });
-        panel += V * LANES * STEP * ELEMENT;
+    Ahead next = ahead;  // in registers
+    for (int64_t k = 0; k < steps;) {
+        next.fetch();
+        for (const int64_t end = least(k + pace, steps); k < end; ++k) {
+            unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+                const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
+                unroll<V>([&](auto v) LRQ_LAMBDA {
+                    acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q);
+                });
+            });
+            panel += V * LANES * STEP * ELEMENT;
+        }
     }
+    ahead = next;
     unroll<ROWS>([&](auto m) LRQ_LAMBDA {
         unroll<V>([&](auto v) LRQ_LAMBDA { store(sums + (m * V + v) * LANES, acc[m][v]); });
     });
@@ -64,12 +98,11 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
 
 template <int T>
 inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
-                          const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t gap, int64_t advance) {
+                          const int32_t *starts, int32_t *sums, Ahead &ahead, int64_t pace) {
     switch (rows) {
-#define LRQ_CASE(R)                                                                              \
-    case R:                                                                                      \
-        if constexpr (R <= TOKENS)                                                               \
-            multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, next, gap, advance); \
+#define LRQ_CASE(R)                                                                                               \
+    case R:                                                                                                       \
+        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, ahead, pace); \
         break;
         LRQ_CASE(1)
         LRQ_CASE(2)
@@ -84,17 +117,14 @@ inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, con
 }
 
 inline void multiply(int64_t tiles, int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens,
-                     int64_t stride, const int32_t *starts, int32_t *sums, const uint8_t *next, int64_t gap,
-                     int64_t advance) {
+                     int64_t stride, const int32_t *starts, int32_t *sums, Ahead &ahead, int64_t pace) {
     switch (tiles) {
-        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums, next, gap, advance);
+        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums, ahead, pace);
         case 2:
-            if constexpr (TILES >= 2)
-                multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums, next, gap, advance);
+            if constexpr (TILES >= 2) multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums, ahead, pace);
             return;
         default:
-            if constexpr (TILES >= 3)
-                multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums, next, gap, advance);
+            if constexpr (TILES >= 3) multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums, ahead, pace);
     }
 }
 
@@ -140,6 +170,7 @@ inline Shape shape_of(const lrq_weight &w, int64_t rows, int threads) {
     s.split_tiles = ceil_div(in_tiles, s.splits);
     if (rows <= 8 * TOKENS) s.group_blocks = least(s.group_blocks, ceil_div(s.blocks, 4 * threads));
     s.groups = ceil_div(s.blocks, s.group_blocks);
+    if (s.blocks >= threads) s.groups = round_up(s.groups, threads);
     s.group_blocks = ceil_div(s.blocks, s.groups);  // even
     s.groups = ceil_div(s.blocks, s.group_blocks);
     int64_t chunk = ceil_div(rows * s.groups, 24 * threads);
@@ -155,8 +186,24 @@ struct PanelKey {
     int64_t group, split;
 };
 
+// A chunk of tokens is prepared (rounded, if there is a rounder, and summed) by the thread that comes first, while it
+// multiplies; who comes later stays behind.
+struct Chunk {
+    int32_t is_taken, ready;  // rows
+};
+
+// If scratch memory runs out, nobody may wait for the rest of a chunk.
+struct Lead {
+    int32_t *ready;
+    int64_t count;
+    ~Lead() { publish(count); }
+    void publish(int64_t rows) const {
+        if (ready) __atomic_store_n(ready, static_cast<int32_t>(rows), __ATOMIC_RELEASE);
+    }
+};
+
 inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
-                                    int out_type, int threads, void *out) {
+                                    const Rounder *rounder, int out_type, int threads, void *out) {
     const Shape s = shape_of(w, rows, threads);
     const uint64_t call = next_call();
     const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
@@ -165,27 +212,31 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
     const bool is_copied = ELEMENT != 1 || width % STEP || width % 4096 == 0;
     const int64_t copy_stride = s.split_tiles * 16 * ELEMENT + 64, stride = is_copied ? copy_stride : width;
     const int64_t steps_per_tile = 16 / STEP, block_bytes = s.split_tiles * BLOCK_CHANNELS * 16 * ELEMENT;
-    parallel_for(threads, s.groups * s.chunks, [&](int64_t task) {
-        const int64_t group = task / s.chunks, first = task % s.chunks * s.chunk;
-        const int64_t count = least(s.chunk, rows - first), first_block = group * s.group_blocks;
-        const int64_t blocks = least(s.group_blocks, s.blocks - first_block);
+
+    // of the call: next task of each thread, the chunks' states, the sums that the tokens start at
+    const size_t state_bytes = sizeof(int64_t) * threads + sizeof(Chunk) * s.chunks;
+    int64_t *next_tasks = static_cast<int64_t *>(scratch(SLOT_CALL, state_bytes + sizeof(int32_t) * rows));
+    Chunk *chunks = reinterpret_cast<Chunk *>(next_tasks + threads);
+    int32_t *all_starts = reinterpret_cast<int32_t *>(chunks + s.chunks);
+    __builtin_memset(next_tasks, 0, state_bytes);
+
+    const auto run = [&](int64_t group, int64_t chunk) {
+        const int64_t first = chunk * s.chunk, count = least(s.chunk, rows - first);
+        const int64_t first_block = group * s.group_blocks, blocks = least(s.group_blocks, s.blocks - first_block);
         uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + s.group_blocks * block_bytes));
         PanelKey *key = reinterpret_cast<PanelKey *>(memory);
         uint8_t *panel = memory + 64;
         const int8_t *tokens = codes + first * width;
+        int32_t *starts = all_starts + first, *ready = &chunks[chunk].ready;
         uint8_t *copy = nullptr;
-        if (is_copied) copy = static_cast<uint8_t *>(scratch(SLOT_ROWS, TOKENS * copy_stride));
-        int32_t *starts = static_cast<int32_t *>(scratch(SLOT_SUMS, sizeof(int32_t) * count));
-        for (int64_t m = 0; m < count; ++m)
-            starts[m] = IS_BIASED ? -128 * sum_codes(tokens + m * width, width) : 0;
+        if (is_copied) copy = static_cast<uint8_t *>(scratch(SLOT_COPY, TOKENS * copy_stride));
         // partial sums are kept only where the panel covers a part of the inputs at a time
         int32_t *partial = nullptr;
-        // the streams fetched during a block of channels: two rows of the next tokens, or two parts of them where
-        // they are contiguous
-        const int64_t gap = s.splits > 1 ? width : TOKENS * width / (2 * blocks);
-        const int64_t advance = s.splits > 1 ? STEP : TOKENS * STEP / (2 * blocks);
         if (s.splits > 1)
-            partial = static_cast<int32_t *>(scratch(SLOT_PARTIAL, sizeof(int32_t) * count * blocks * BLOCK_CHANNELS));
+            partial = static_cast<int32_t *>(scratch(SLOT_SUMS, sizeof(int32_t) * count * blocks * BLOCK_CHANNELS));
+        const bool leads = !__atomic_exchange_n(&chunks[chunk].is_taken, 1, __ATOMIC_RELAXED);
+        const Lead lead{leads ? ready : nullptr, count};
+        int64_t prepared = leads ? 0 : count;
         for (int64_t split = 0; split < s.splits; ++split) {
             const int64_t from = split * s.split_tiles, to = least(from + s.split_tiles, in_tiles);
             if (key->call != call || key->group != group || key->split != split) {
@@ -202,6 +253,13 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
             const int64_t steps = least(to * steps_per_tile, s.steps) - from * steps_per_tile;
             for (int64_t m = 0; m < count; m += TOKENS) {
                 const int64_t block_rows = least(TOKENS, count - m);
+                for (; prepared < m + block_rows; lead.publish(prepared)) {
+                    const int64_t more = least(ROWS_PER_TASK, count - prepared);
+                    if (rounder) rounder->round(first + prepared, more);
+                    for (const int64_t end = prepared + more; prepared < end; ++prepared)
+                        starts[prepared] = IS_BIASED ? -128 * sum_codes(tokens + prepared * width, width) : 0;
+                }
+                while (!leads && __atomic_load_n(ready, __ATOMIC_ACQUIRE) < m + block_rows) yield();
                 const int8_t *block = tokens + m * width + 16 * from;
                 const uint8_t *block_tokens = reinterpret_cast<const uint8_t *>(block);
                 if (is_copied) {
@@ -210,21 +268,39 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                                    copy + i * copy_stride);
                     block_tokens = copy;
                 }
-                // the next tokens' codes are fetched while this block's panels pass
-                const uint8_t *next = reinterpret_cast<const uint8_t *>(m + TOKENS < count ? block + TOKENS * width : block);
+                // the next tokens, or what they are rounded from, are fetched while this block's panels pass
+                const int64_t after = least(first + m + TOKENS, rows);
+                const int64_t next_rows = least(TOKENS, rows - after);
+                const uint8_t *next = reinterpret_cast<const uint8_t *>(codes + after * width + 16 * from);
+                Ahead ahead{next, steps * STEP, width, next_rows, 0};
+                if (rounder && leads && split == 0)
+                    ahead = {rounder->input(after), rounder->row_bytes(), rounder->row_bytes(), next_rows, 0};
+                const int64_t lines = next_rows * ceil_div(ahead.row_bytes, 64);
+                const int64_t pace = lines ? greatest(blocks * steps / lines, 1) : steps;
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
                     const int64_t channels = 16 * tiles;
                     alignas(64) int32_t local[TOKENS * BLOCK_CHANNELS];
                     int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local;
                     multiply(tiles, block_rows, panel + b * block_bytes, steps, block_tokens, stride,
-                             split == 0 ? starts + m : nullptr, sums, next, gap, advance);
-                    next += 2 * gap;
+                             split == 0 ? starts + m : nullptr, sums, ahead, pace);
                     if (split < s.splits - 1) continue;
-                    for (int64_t n = 0; n < channels; n += WIDTH)
-                        finish(w, sums + n, channels, scale + first + m, first + m, block_rows, 16 * tile + n, out_type,
-                               out);
+                    finish_channels(w, sums, channels, scale + first + m, first + m, block_rows, 16 * tile, out_type,
+                                    out);
                 }
+            }
+        }
+    };
+    // a thread's own groups first, so that few panels are decoded twice, and each begins with other tokens, which it
+    // prepares; then what is left of the others'
+    parallel_for(threads, threads, [&](int64_t thread) {
+        for (int64_t i = 0; i < threads; ++i) {
+            const int64_t owner = (thread + i) % threads, begin = owner * s.groups / threads * s.chunks;
+            const int64_t end = (owner + 1) * s.groups / threads * s.chunks, shift = owner * s.chunks / threads;
+            for (;;) {
+                const int64_t task = begin + __atomic_fetch_add(next_tasks + owner, 1, __ATOMIC_RELAXED);
+                if (task >= end) break;
+                run(task / s.chunks, (task + shift) % s.chunks);
             }
         }
     });
@@ -290,7 +366,7 @@ inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t
                 case 3: multiply_few_rows<3>(w, tile, padded, stride, starts, sums); break;
                 default: multiply_few_rows<4>(w, tile, padded, stride, starts, sums);
             }
-            finish(w, sums[0], 16, scale, 0, rows, 16 * tile, out_type, out);
+            finish_channels(w, sums[0], 16, scale, 0, rows, 16 * tile, out_type, out);
         }
     });
 }
@@ -325,7 +401,20 @@ inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *co
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
     if (rows <= FEW) return quantized_linear_few(w, rows, codes, scale, out_type, threads, out);
 #endif
-    quantized_linear_panels(w, rows, codes, scale, out_type, threads, out);
+    quantized_linear_panels(w, rows, codes, scale, nullptr, out_type, threads, out);
+}
+
+// quantize_tokens and quantized_linear in one: tokens are rounded next to the product that reads them first.
+inline void linear(const lrq_transform &t, int bits, double clip, const int8_t *lookup, const lrq_weight &w,
+                   int out_type, int threads, int8_t *codes, float *scale, void *out) {
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+    if (t.rows <= FEW) {
+        quantize_tokens(t, bits, clip, lookup, threads, codes, scale);
+        return quantized_linear_few(w, t.rows, codes, scale, out_type, threads, out);
+    }
+#endif
+    const Rounder rounder(t, bits, clip, lookup, codes, scale);
+    quantized_linear_panels(w, t.rows, codes, scale, &rounder, out_type, threads, out);
 }
 
 // The weight-only product: float32 tokens, the weights of 16 channels decoded to float32, inputs in their order.
@@ -382,8 +471,7 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                     for (int64_t i = 4; i < block; ++i)
                         multiply_floats<1>(panel, width, tokens + i * width, width, sums + 16 * i);
             }
-            for (int64_t n = 0; n < 16; n += WIDTH)
-                finish(w, sums + n, 16, nullptr, m, block, 16 * tile + n, out_type, out);
+            finish_channels(w, sums, 16, nullptr, m, block, 16 * tile, out_type, out);
         }
     });
 }

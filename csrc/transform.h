@@ -41,13 +41,13 @@ template <class V, int N, class Get, class Put> LRQ_INLINE void butterfly(Get &&
         unroll<N / G>([&](auto g) LRQ_LAMBDA {
             const V *u = v + g * G;
             V *s = sums[g];
-            const V plus = u[0] + u[1], minus = u[0] - u[1];
+            const V plus = u[0] + u[1], minus = subtract(u[0], u[1]);
             if constexpr (G == 3) {
-                s[0] = plus + u[2], s[1] = minus + u[2], s[2] = plus - u[2], s[3] = minus - u[2];
+                s[0] = plus + u[2], s[1] = minus + u[2], s[2] = subtract(plus, u[2]), s[3] = subtract(minus, u[2]);
             } else {
-                const V same = u[2] + u[3], other = u[2] - u[3];
-                s[0] = plus + same, s[1] = minus + same, s[2] = plus - other, s[3] = minus - other;
-                s[4] = plus + other, s[5] = minus + other, s[6] = plus - same, s[7] = minus - same;
+                const V same = u[2] + u[3], other = subtract(u[2], u[3]);
+                s[0] = plus + same, s[1] = minus + same, s[2] = subtract(plus, other), s[3] = subtract(minus, other);
+                s[4] = plus + other, s[5] = minus + other, s[6] = subtract(plus, same), s[7] = subtract(minus, same);
             }
         });
         unroll<N>([&](auto j) LRQ_LAMBDA {
@@ -59,7 +59,7 @@ template <class V, int N, class Get, class Put> LRQ_INLINE void butterfly(Get &&
                 if constexpr (g == 0)
                     y = is_negative ? -sums[g][pattern] : sums[g][pattern];
                 else
-                    y = is_negative ? y - sums[g][pattern] : y + sums[g][pattern];
+                    y = is_negative ? subtract(y, sums[g][pattern]) : y + sums[g][pattern];
             });
             put(j, y);
         });
@@ -462,11 +462,12 @@ LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int
     const float step = absmax * clip_over_largest;
     const Floats inverse = splat(step > 1.17549435e-38f ? 1.0f / step : 0.0f);
     const int32_t most = (1 << (bits - 1)) - 1;
+    const bool is_byte = bits == 8;
     const Ints high = most - (Ints){}, low = -most - 1 - (Ints){};
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer, rounded half to even
     const auto quantize = [&](int64_t k) LRQ_LAMBDA {
         const Ints code = (Ints)(load<Floats>(row + k) * inverse + magic) - 0x4b400000;
-        return narrow(lesser(greater(code, low), high));
+        return is_byte ? saturate(code) : narrow(lesser(greater(code, low), high));
     };
     int64_t k = 0;
     for (; k + WIDTH <= width; k += WIDTH) store(codes + k, quantize(k));
@@ -503,31 +504,57 @@ inline void map_codes(int8_t *codes, int64_t count, const int8_t *lookup, const 
     if (stairs) {
         const u8x16 lows = load<u8x16>(stairs->low), highs = load<u8x16>(stairs->high);
         const u8x16 steps = load<u8x16>(stairs->step);
-        for (; k + 16 <= count; k += 16) {
-            const i8x16 code = load<i8x16>(codes + k);
-            const u8x16 is_negative = (u8x16)(code < 0);
-            const u8x16 magnitude = ((u8x16)code ^ is_negative) - is_negative, block = magnitude >> 4;
-            const u8x16 is_low = (u8x16)((i8x16)(magnitude & 15) < (i8x16)look_up(steps, block));
-            const u8x16 level = (look_up(lows, block) & is_low) | (look_up(highs, block) & ~is_low);
-            store(codes + k, (level ^ is_negative) - is_negative);
-        }
+        const auto map = [&](auto code) LRQ_LAMBDA {
+            const auto is_negative = code < 0;
+            using S = decltype(code);
+            const S magnitude = (code ^ is_negative) - is_negative, block = magnitude >> 4 & 15;
+            const S is_low = (magnitude & 15) < look_up(steps, block);
+            const S level = (look_up(lows, block) & is_low) | (look_up(highs, block) & ~is_low);
+            store(codes + k, (S)((level ^ is_negative) - is_negative));
+        };
+#if defined(__AVX512BW__)
+        for (; k + 64 <= count; k += 64) map(load<i8x64>(codes + k));
+#endif
+        for (; k + 16 <= count; k += 16) map(load<i8x16>(codes + k));
     }
     for (; k < count; ++k) codes[k] = lookup[codes[k] + 128];
 }
 
+// Rounds the tokens of one call, any rows at a time.
+struct Rounder {
+    Ready ready;
+    int bits;
+    float clip_over_largest;
+    const int8_t *lookup;
+    int8_t *codes;
+    float *scale;
+    bool is_staircase;
+    Staircase stairs;
+
+    Rounder(const lrq_transform &t, int bits, double clip, const int8_t *lookup, int8_t *codes, float *scale)
+        : ready(make_ready(t)), bits(bits), clip_over_largest(static_cast<float>(clip / ((1 << (bits - 1)) - 1))),
+          lookup(lookup), codes(codes), scale(scale), is_staircase(lookup && build_staircase(lookup, stairs)) {}
+
+    int64_t row_bytes() const { return ready.t->width * (ready.t->x_type == LRQ_FLOAT32 ? 4 : 2); }
+    const uint8_t *input(int64_t row) const { return static_cast<const uint8_t *>(ready.t->x) + row * row_bytes(); }
+
+    // count: 8 at most
+    void round(int64_t first, int64_t count) const {
+        const int64_t width = ready.t->width;
+        transform_rows(ready, first, count, [&](int64_t i, const float *row, Ints largest) {
+            int8_t *out = codes + i * width;
+            scale[i] = quantize_row(row, largest, width, bits, clip_over_largest, out);
+            if (lookup) map_codes(out, width, lookup, is_staircase ? &stairs : nullptr);
+        });
+    }
+};
+
 inline void quantize_tokens(const lrq_transform &t, int bits, double clip, const int8_t *lookup, int threads,
                             int8_t *codes, float *scale) {
-    const Ready r = make_ready(t);
-    const float clip_over_largest = static_cast<float>(clip / ((1 << (bits - 1)) - 1));
-    Staircase stairs;
-    const bool is_staircase = lookup && build_staircase(lookup, stairs);
+    const Rounder rounder(t, bits, clip, lookup, codes, scale);
     parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
         const int64_t first = task * ROWS_PER_TASK;
-        transform_rows(r, first, least(ROWS_PER_TASK, t.rows - first), [&](int64_t i, const float *row, Ints largest) {
-            int8_t *out = codes + i * t.width;
-            scale[i] = quantize_row(row, largest, t.width, bits, clip_over_largest, out);
-            if (lookup) map_codes(out, t.width, lookup, is_staircase ? &stairs : nullptr);
-        });
+        rounder.round(first, least(ROWS_PER_TASK, t.rows - first));
     });
 }
 

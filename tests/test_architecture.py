@@ -8,7 +8,7 @@ import lrqdit
 SOURCE = Path(lrqdit.__file__).parent
 FLOORS = [
     {"errors", "config", "native", "presets"},
-    {"codebook", "hadamard", "rotation", "activation", "packing", "trellis"},
+    {"codebook", "hadamard", "rotation", "principal", "activation", "packing", "trellis"},
     {"ops", "gpu", "triton_prologue", "triton_gemm"},
     {"linear", "kernels"},
     {

@@ -203,7 +203,7 @@ def test_quantize_errors(tiny_pipeline_folder, quantized, prompts, tmp_path):
 
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n\n")
-    assert "weight_bits=5" in quantize("--bits", "w5a4")
+    assert "weight_bits=7" in quantize("--bits", "w7a4")
     assert "not of the form" in quantize("--bits", "int4")
     assert "mode='best'" in quantize("--mode", "best")
     assert "cannot be read" in quantize("--prompts", tmp_path / "none.txt")
@@ -246,7 +246,7 @@ def test_inspect_errors(copy_of_pipeline, quantized, tmp_path, edit_json):
     edit_json(changed, quantization_config={**values, "format_version": 99})
     assert "version 99" in fail("inspect", changed.parent)
     layers = {
-        name: {**layer, "weight_bits": 3 if layer["weight_bits"] == 4 else 8}
+        name: {**layer, "weight_bits": {2: 3, 3: 4, 4: 3}.get(layer["weight_bits"], 8)}
         for name, layer in values["layers"].items()
     }
     edit_json(changed, quantization_config={**values, "layers": layers})

@@ -66,6 +66,11 @@ def run_layer(x, name, layers, tensors):
         x = x - shared["input_offset_bits"].view(np.float16).astype(np.float64)
     if layout.get("has_scale"):
         x = x * shared["input_scale_bits"].view(np.float16).astype(np.float64)
+    p = None
+    if layout.get("principal_rank", 0):
+        directions = shared["principal"] * shared["principal_scale_bits"].view(np.float32).astype(np.float64)[:, None]
+        p = x @ directions.T
+        x = x - p @ directions
     x = rotate(x, layout, shared)
     is_normal, bits = layout.get("token_levels") == "normal", layout["activation_bits"]
     largest = 2 ** ((8 if is_normal else bits) - 1) - 1
@@ -88,6 +93,8 @@ def run_layer(x, name, layers, tensors):
             codes = 2 * (codes ^ (c1 ^ c6) & 1) + ((c2 ^ c4) & 1)
         weight = np.take_along_axis(table, codes, 1)
     y = x @ weight.T.astype(np.float64) * own["row_scale_bits"].view(np.float32) * step
+    if p is not None:
+        y = y + p @ (own["outlet"] * own["outlet_scale_bits"].view(np.float32).astype(np.float64)[:, None])
     return y + own["bias_bits"].view(np.float32) if layout.get("has_bias", True) else y
 
 

@@ -11,10 +11,13 @@ from typer.testing import CliRunner
 
 import lrqdit
 from lrqdit import cli, inspection, pipelines
+from lrqdit.calibrate import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError, NumericalError
-from lrqdit.linear import QuantLinear
-from lrqdit.sensitivity import Probe
+from lrqdit.linear import LinearFormat, QuantLinear
+from lrqdit.sensitivity import Probe, estimate
+
+MEASURED = {"sensitivity": "measured", **FAST}
 
 
 def loop(model):
@@ -34,7 +37,9 @@ def calibration():
 
 def quantize(calibration, average_bits, preset="w3a8", **settings):
     model = build()
-    report = lrqdit.quantize(model, preset, average_bits=average_bits, calibration=calibration, **{**FAST, **settings})
+    report = lrqdit.quantize(
+        model, preset, average_bits=average_bits, calibration=calibration, **{**MEASURED, **settings}
+    )
     return model, report
 
 
@@ -59,7 +64,7 @@ def test_the_budget_is_kept_and_more_of_it_is_never_worse(calibration):
 
 def test_better_than_the_same_bits_everywhere(calibration):
     uniform = build()
-    report = lrqdit.quantize(uniform, "w3a16", calibration=calibration, **FAST)
+    report = lrqdit.quantize(uniform, "w3a16", calibration=calibration, sensitivity="none", **FAST)
     model, mixed = quantize(calibration, report.size.true_bits, "w3a16")
     assert mixed.size.true_bits <= report.size.true_bits
     x, errors = random(32, 10, 8, seed=99), {}
@@ -133,7 +138,64 @@ def test_arguments_that_cannot_be_kept():
 
     model = Picky()
     with pytest.raises(ModelError, match="no call of Picky could be kept"):
-        lrqdit.quantize(model, "w3a8", average_bits=9.0, forward_loop=lambda m: m(random(4, 10, 8), object()), **FAST)
+        lrqdit.quantize(
+            model, "w3a8", average_bits=9.0, forward_loop=lambda m: m(random(4, 10, 8), object()), **MEASURED
+        )
+
+
+def test_estimated_from_gradients(calibration):
+    """By default no layer is run: the size is that of the same bits everywhere, the error smaller."""
+    x, errors, sizes = random(32, 10, 8, seed=99), {}, {}
+    for sensitivity in ("none", "gradient"):
+        model = build()
+        report = lrqdit.quantize(model, "w3a16", calibration=calibration, sensitivity=sensitivity, **FAST)
+        sizes[sensitivity] = report.size.size_bytes
+        with torch.no_grad():
+            errors[sensitivity] = float((model(x) - build()(x)).square().mean())
+    assert sizes["gradient"] <= sizes["none"] and errors["gradient"] < 0.9 * errors["none"]
+    assert report.config.average_bits is None and len({b for g in report.groups for b in g.chosen_bits.values()}) > 1
+    budget = quantize(calibration, 10.0, sensitivity="gradient")[1]
+    assert budget.size.true_bits <= 10
+
+
+def test_estimates_are_of_the_measured_order(calibration):
+    measured, estimated = (quantize(calibration, 12.0, "w3a16", sensitivity=s)[1] for s in ("measured", "gradient"))
+    logs = torch.tensor(
+        [
+            [changes[name]["3"] for g in report.groups for name, changes in [(n, g.predicted) for n in g.names]]
+            for report in (measured, estimated)
+        ]
+    ).log()
+    assert torch.corrcoef(logs)[0, 1] > 0.7
+
+
+def test_an_exact_estimate():
+    """One layer, one token, one picture: <M, D>^2 is the squared change of the output."""
+    weight, x, gradient = random(6, 8), random(1, 1, 8, seed=1), random(1, 1, 6, seed=2)
+    stats = ActivationStats(8, 16, seed=0, has_moment=True)
+    stats.update(torch.zeros(1, 8))
+    stats.add_gradient("layer", gradient, x)
+    changes = []
+    for seed in range(200):
+        layer = QuantLinear(LinearFormat(8, 6, 8, 16, table_rows=0, has_bias=False, has_original_bias=False))
+        layer.row_scale_bits.copy_(torch.ones(6).view(torch.int32))
+        change = 0.5 * random(6, 8, seed=seed)
+        layer.dequantize = lambda change=change: weight + change  # type: ignore[method-assign]
+        moment, energy = stats.output_moment(torch.zeros(8)), stats.gradient_energy("layer")
+        exact = float((gradient[0] @ change @ x[0].T).square())
+        changes.append((estimate(layer, weight, moment, energy), exact))
+    assert energy == pytest.approx(float(gradient.square().sum() * x.square().sum()), rel=1e-4)
+    assert float(torch.tensor(changes).mean(0).log().diff().abs()) < 0.3  # on average over directions of D
+
+
+def test_without_gradients_every_layer_has_its_bits():
+    model = build()
+    lrqdit.quantize(model, "w3a8", forward_loop=loop, hessian="input", **FAST)
+    assert set(widths(model).values()) == {3, 8}
+    with pytest.raises(ModelError, match="saw no gradients of Unusual"):
+        lrqdit.quantize(build(), "w3a8", average_bits=11.0, forward_loop=loop, hessian="input", **FAST)
+    with pytest.raises(ConfigError, match="sensitivity='none'"):
+        lrqdit.quantize(build(), "w3a8", average_bits=11.0, mode="paper", forward_loop=loop)
 
 
 def test_the_probe_leaves_the_model_as_it_was(calibration):
@@ -153,7 +215,7 @@ def test_shared_calibration_and_threads():
         for count in (1, 2):
             torch.set_num_threads(count)
             model = build()
-            lrqdit.quantize(model, "w3a8", average_bits=11.0, forward_loop=loop, **FAST)
+            lrqdit.quantize(model, "w3a8", average_bits=11.0, forward_loop=loop, **MEASURED)
             digests.append(state_digest(model))
     finally:
         torch.set_num_threads(threads)
@@ -164,7 +226,7 @@ def test_shared_calibration_and_threads():
 def test_resume(monkeypatch, tmp_path, calibration, stop_after):
     """Killed while sensitivities are measured, and while layers are fitted at the chosen bits."""
     reference, reference_report = quantize(calibration, 11.0)
-    settings = {"average_bits": 11.0, "forward_loop": loop, "resume_folder": tmp_path, **FAST}
+    settings = {"average_bits": 11.0, "forward_loop": loop, "resume_folder": tmp_path, **MEASURED}
     with monkeypatch.context() as patch:
         first = count_fits(patch, stop_after)
         with pytest.raises(KeyboardInterrupt):
@@ -197,7 +259,7 @@ def test_generic_module_save_and_load(calibration, tmp_path):
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel"])
 def test_modulation_layers_keep_four_bits(name):
     model = build_model(name)
-    report = lrqdit.quantize(model, "w3a8", average_bits=9.5, forward_loop=run_model, **FAST)
+    report = lrqdit.quantize(model, "w3a8", average_bits=9.5, forward_loop=run_model, **MEASURED)
     assert report.size.true_bits <= 9.5
     modulation = [g for g in report.groups if g.activation_bits == 16]
     assert modulation and all(set(g.chosen_bits.values()) <= {4, 5, 6, 8} for g in modulation)

@@ -317,7 +317,7 @@ void test_trellis() {
     uint64_t seed = 40;
     for (const int bits : {2, 3, 4, 5})
         for (const int64_t rows : {1, 2, 3, 17, 70})
-            for (const int64_t columns : {1, 3, 16, 33}) {
+            for (const int64_t columns : {1, 3, 16, 33, 150}) {
                 Random random{++seed};
                 const Array<float> weight = random_reals(rows * columns, ++seed);
                 Array<int8_t> table(2 << bits);
@@ -865,6 +865,44 @@ void test_quantize_bits() {
     }
 }
 
+// Both in one call give the bytes of one after the other, whoever prepares which tokens.
+void test_linear() {
+    uint64_t seed = 900;
+    const auto run = [&](int rotation, int64_t rows, int64_t n, const std::vector<int64_t> &factors, int64_t k, int type,
+                         bool has_lookup) {
+        const Transform t(rotation, rows, k, factors, type, true, ++seed);
+        const Weight w(n, k, 4, false, true, ++seed, false, true);
+        Array<int8_t> lookup(256);
+        for (int64_t i = 0; i < 256; ++i) lookup[i] = static_cast<int8_t>((i - 128) / 16 * 16);
+        const int8_t *levels = has_lookup ? lookup.data() : nullptr;
+        for (const std::string &isa : supported()) {
+            lrq_use_isa(isa.c_str());
+            Array<int8_t> codes(rows * k);
+            Array<float> scale(rows);
+            Array<uint8_t> out(rows * n * element_size(type));
+            lrq_quantize_tokens(&t.c, 8, 0.9, levels, 1, codes.data(), scale.data());
+            lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), type, 1, out.data());
+            for (const int threads : {1, 2, 3, 7}) {
+                Array<int8_t> other_codes(rows * k);
+                Array<float> other_scale(rows);
+                Array<uint8_t> other(rows * n * element_size(type));
+                const int status = lrq_linear(&t.c, 8, 0.9, levels, &w.c, type, threads, other_codes.data(),
+                                              other_scale.data(), other.data());
+                check(status == 0 && other == out && other_codes == codes && other_scale == scale,
+                      text("linear on %s: rotation %d, M %d, N %d, K %d, type %d, %d threads: %s", isa.c_str(), rotation,
+                           int(rows), int(n), int(k), type, threads, status ? lrq_last_error() : "other bytes"));
+            }
+        }
+    };
+    for (const int64_t rows : {1, 4, 5, 9, 70, 700}) {
+        run(LRQ_NONE, rows, 33, {}, 40, LRQ_BFLOAT16, false);
+        run(LRQ_HADAMARD, rows, 500, {12, 8}, 96, LRQ_BFLOAT16, true);
+        run(LRQ_HADAMARD, rows, 50, {-3, 4}, 12, LRQ_FLOAT32, false);
+        run(LRQ_OUTLIER, rows, 20, {8}, 24, LRQ_FLOAT16, false);
+    }
+    run(LRQ_NONE, 70, 200, {}, 13000, LRQ_BFLOAT16, true);  // inputs in several splits
+}
+
 template <class Call>
 void refuse(const char *what, const Array<float> &out, Call &&call) {
     lrq_use_isa("no such thing");
@@ -986,6 +1024,21 @@ void test_bad_arguments() {
         refuse("clip", out, [&] { return lrq_quantize_tokens(&t.c, 8, clip, nullptr, 1, codes_out, scale.data()); });
     refuse("no steps", out, [&] { return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, 1, codes_out, nullptr); });
 
+    const auto refuse_linear = [&](const char *what, const lrq_transform *transform, const lrq_weight *weight, int bits,
+                                   float *steps, int threads) {
+        refuse(what, out, [&] {
+            return lrq_linear(transform, bits, 1.0, nullptr, weight, LRQ_FLOAT32, threads, codes_out, steps,
+                              scale.data());
+        });
+    };
+    const Weight narrow(20, 23, 3, true, true, 1);
+    refuse_linear("no transform", nullptr, &good.c, 8, scale.data(), 1);
+    refuse_linear("no weight", &t.c, nullptr, 8, scale.data(), 1);
+    refuse_linear("another width", &t.c, &narrow.c, 8, scale.data(), 1);
+    refuse_linear("1 bit", &t.c, &good.c, 1, scale.data(), 1);
+    refuse_linear("no steps", &t.c, &good.c, 8, nullptr, 1);
+    refuse_linear("0 threads", &t.c, &good.c, 8, scale.data(), 0);
+
     // no rows: nothing to do, and nothing to point to
     check(lrq_quantized_linear(&good.c, 0, nullptr, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
     check(lrq_weight_only_linear(&eight.c, 0, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
@@ -1021,6 +1074,7 @@ int main() {
         {"instruction sets", test_instruction_sets},
         {"bad arguments", test_bad_arguments},
         {"quantized_linear", test_quantized_linear},
+        {"linear", test_linear},
         {"conversions", test_conversions},
         {"weight_only_linear", test_weight_only},
         {"trellis", test_trellis},

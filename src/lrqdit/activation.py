@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrqdit.principal import LowRank, outlet
 from lrqdit.rotation import Rotation
 
 TOKEN_LEVELS = ("uniform", "normal")
@@ -43,6 +44,7 @@ class InputTransform:
         input_scale: float16 (in_features,), smoothing times the rotation's signs, or None.
         clip: ratio of the per-token absmax that maps to the largest code.
         levels: one of TOKEN_LEVELS; ``normal`` is for 4 bits.
+        principal: directions of the centred and smoothed input that are not quantized (:mod:`lrqdit.principal`).
     """
 
     rotation: Rotation
@@ -50,26 +52,37 @@ class InputTransform:
     input_scale: Tensor | None
     clip: float = 1.0
     levels: str = "uniform"
+    principal: LowRank | None = None
 
     @property
     def in_features(self) -> int:
         return self.rotation.in_features
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in_features), any float dtype -> x~ float32."""
+        """x (..., in_features), any float dtype -> x~ float32, without its principal part."""
+        x = self.smooth(x)
+        if self.principal is not None:
+            u = self.principal.values
+            x = x - (x @ u.T) @ u
+        return self.rotation.apply_without_signs(x)
+
+    def smooth(self, x: Tensor) -> Tensor:
+        """(x - mu) * m, float32, of x (..., in_features)."""
         x = x.float()
         if self.input_offset is not None:
             x = x - self.input_offset.float()
-        if self.input_scale is not None:
-            x = x * self.input_scale.float()
-        return self.rotation.apply_without_signs(x)
+        return x if self.input_scale is None else x * self.input_scale.float()
 
     def fold(self, weight: Tensor) -> Tensor:
-        """W (out_features, in_features) -> W~ = (W / m) R, float32."""
-        weight = weight.float()
-        if self.input_scale is not None:
-            weight = weight / self.input_scale.float()
+        """W (out_features, in_features) -> W~ = (W / m) R, float32, without what acts on the principal part."""
+        weight = self.unsmooth(weight)
+        if self.principal is not None:
+            weight = weight - outlet(weight, self.principal).T @ self.principal.values
         return self.rotation.apply_without_signs(weight)
+
+    def unsmooth(self, weight: Tensor) -> Tensor:
+        """W / m, float32."""
+        return weight.float() if self.input_scale is None else weight.float() / self.input_scale.float()
 
     def unfold(self, weight: Tensor) -> Tensor:
         """Inverse of :meth:`fold`: a weight of the rotated basis in the original one."""

@@ -17,6 +17,7 @@ so that the result does not depend on the number of threads.
 """
 
 import copy
+import functools
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ class ActivationStats:
         self._has_moment = has_moment
         self._moment: SecondMoment | None = None  # of the tokens that are not held out
         self._output_moment: SecondMoment | None = None
+        self._energy: dict[str, tuple[float, int]] = {}  # by layer: sum of |M|^2, pictures
         self._sign_generator = torch.Generator().manual_seed(seed)
 
     def update(self, x: Tensor, is_held_out: bool = False) -> None:
@@ -87,8 +89,8 @@ class ActivationStats:
             self._moment = SecondMoment(shift)
         self._moment.add(x.float() - self._moment.shift, torch.ones(len(x)))
 
-    def add_gradient(self, gradient: Tensor, x: Tensor) -> None:
-        """Add what the tokens x (batch, ..., channels), seen before, do to the model's output.
+    def add_gradient(self, name: str, gradient: Tensor, x: Tensor) -> None:
+        """Add what the tokens x (batch, ..., channels), seen before, do to the model's output through a layer.
 
         ``gradient`` (batch, ..., out_features) is that of a random projection of it to the layer's output.
         """
@@ -99,6 +101,9 @@ class ActivationStats:
             self._output_moment = SecondMoment(self._moment.shift)
         is_finite = rows.isfinite().all(dim=1) & weights.isfinite()
         self._output_moment.add(rows[is_finite], weights[is_finite].cpu())
+        total, pictures = self._energy.get(name, (0.0, 0))
+        squares = np.square(rows[is_finite].cpu().numpy(), dtype=np.float64)
+        self._energy[name] = total + float(squares.sum()), pictures + len(x)
 
     def second_moment(self, offset: Tensor) -> Tensor | None:
         """E[(x - offset)(x - offset)^T] over the tokens that are not held out, float64 (channels, channels)."""
@@ -107,6 +112,11 @@ class ActivationStats:
     def output_moment(self, offset: Tensor) -> Tensor | None:
         """E[M^T M] of M = sum over a picture's tokens of g (x - offset)^T, float64 (channels, channels)."""
         return None if self._output_moment is None else self._output_moment.about(offset)
+
+    def gradient_energy(self, name: str) -> float | None:
+        """E |M|^2 over the pictures that a layer's M was seen of, squared Frobenius norm; None if of none."""
+        total, pictures = self._energy.get(name, (0.0, 0))
+        return total / pictures if pictures else None
 
     def _sample(self, x: Tensor) -> None:
         """Reservoir sampling by random priorities: the tokens with the largest ones so far stay, in place."""
@@ -161,6 +171,8 @@ class ActivationStats:
         }
         for name, moment in (("moment", self._moment), ("output_moment", self._output_moment)):
             tensors |= moment.to_tensors(name) if moment is not None else {}
+        for name, energy in self._energy.items():
+            tensors[f"energy.{name}"] = torch.tensor(energy, dtype=torch.float64)
         return tensors
 
     @classmethod
@@ -174,6 +186,10 @@ class ActivationStats:
         )
         stats._moment = SecondMoment.from_tensors(tensors, "moment")
         stats._output_moment = SecondMoment.from_tensors(tensors, "output_moment")
+        for key, tensor in tensors.items():
+            if key.startswith("energy."):
+                total, pictures = tensor.tolist()
+                stats._energy[key.removeprefix("energy.")] = total, int(pictures)
         return stats
 
 
@@ -251,7 +267,7 @@ class Observer:
             self._observe(name, x)
         elif torch.is_grad_enabled() and x.ndim > 2 and name in self._group_of:
             y = y if y.requires_grad else y.detach().requires_grad_()
-            return Tap.apply(y, x, self._group_of[name].stats.add_gradient)
+            return Tap.apply(y, x, functools.partial(self._group_of[name].stats.add_gradient, name))
         return None
 
     def _differentiate(self, module: nn.Module, arguments: tuple, keywords: dict, _: object) -> None:

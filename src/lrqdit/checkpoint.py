@@ -27,6 +27,7 @@ from lrqdit.recording import Calibration, Call, Step
 
 FORMAT_NAME = "lrqdit"
 FORMAT_VERSION = 1
+CALIBRATION_VERSION = 1  # of what a run keeps for itself
 WEIGHT_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _MAX_HEADER_BYTES = 100_000_000
@@ -290,12 +291,13 @@ class RunFolder:
             }
             for step in calibration.steps
         ]
-        self.save("calibration", tensors, {"names": names, "steps": steps, "inputs": len(inputs)})
+        values = {"version": CALIBRATION_VERSION, "names": names, "steps": steps, "inputs": len(inputs)}
+        self.save("calibration", tensors, values)
 
     def load_calibration(self) -> Calibration | None:
         """The calibration kept by :meth:`save_calibration`, or None."""
         found = self.load("calibration")
-        if found is None or "steps" not in found[1]:  # an earlier version's
+        if found is None or found[1].get("version") != CALIBRATION_VERSION:
             return None
         tensors, values = found
         left = iter([tensors.pop(f"step.{i}") for i in range(values["inputs"])])

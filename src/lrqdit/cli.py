@@ -75,7 +75,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     bits: Annotated[str, typer.Option(help="Preset w<bits>a<bits>, such as w4a8.")] = "w4a8",
     average_bits: Annotated[
-        float | None, typer.Option(help="True bits per parameter in all; each layer gets its own weight bits.")
+        float | None, typer.Option(help="True bits per parameter in all, instead of what --bits in every layer takes.")
     ] = None,
     prompts: Prompts = None,
     mode: Annotated[str, typer.Option(help=f"One of {', '.join(MODES)}.")] = "auto",
@@ -109,7 +109,11 @@ def quantize(
         pipelines.save_quantized(pipeline, result, source, out)
         shutil.rmtree(partial, ignore_errors=True)
     exceeding = [name for g in result.groups if (g.rms or 0) >= config.rotation_threshold for name in g.names]
-    kinds = Counter(g.rotation + " + smoothing" * g.is_smoothed for g in result.groups for _ in g.names)
+    kinds = Counter(
+        g.rotation + " + smoothing" * g.is_smoothed + " + principal part" * (g.principal_rank > 0)
+        for g in result.groups
+        for _ in g.names
+    )
     widths = Counter(g.bits_of(name) for g in result.groups for name in g.names)
     summary = {
         "preset": config.preset,

@@ -118,9 +118,12 @@ def damp_moment(moment: Tensor, damping: float) -> Tensor:
 
 def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
     """E[x~^T x~] of E[(x - mu)^T (x - mu)], float64 and symmetric: (D M D) rotated on both sides."""
+    directions = None if transform.principal is None else transform.principal.values
     for _ in range(2):
         if transform.input_scale is not None:
             moment = moment * transform.input_scale.float()
+        if directions is not None:
+            moment = moment - (moment @ directions.T) @ directions
         moment = transform.rotation.apply_without_signs(moment).T
     return moment.double().add_(moment.T.double()).div_(2)
 

@@ -37,6 +37,8 @@ MODES: dict[str, dict[str, Any]] = {
         "token_levels": "uniform",
         "rounding": "nearest",
         "keep_bits": 16,
+        "sensitivity": "none",
+        "principal_rank": 0,
     },
 }
 ROTATION_POLICIES = ("auto", "threshold", "none", "hadamard", "block_hadamard", "outlier")
@@ -46,6 +48,7 @@ CODINGS = ("auto", "scalar", "trellis")
 TOKEN_LEVEL_POLICIES = ("auto", "uniform", "normal")
 ROUNDING_POLICIES = ("nearest", "compensated")
 HESSIANS = ("output", "input")
+SENSITIVITIES = ("gradient", "measured", "none")
 _KINDS: dict[str, Any] = {
     "codebook": str,
     "rotation_threshold": (int, float),
@@ -55,6 +58,7 @@ _KINDS: dict[str, Any] = {
     "damping": (int, float),
     "moment_gib": (int, float),
     "calibration_tokens": int,
+    "principal_rank": int,
     "seed": int,
 }
 _KIND_NAMES = {str: "a name", (int, float): "a number", bool: "true or false", int: "a whole number"}
@@ -68,9 +72,11 @@ class QuantizationConfig:
         weight_bits: 2 to 6 (Twin-Log levels) or 8 (uniform).
         activation_bits: 4, 6, 8, or 16 for weight-only quantization.
         average_bits: true bits per parameter that each quantized model may take in all, scales and kept layers
-            included. Each layer then gets its own weight bits by what its error does to the model's output, and
-            ``weight_bits`` (at most 4) is only the width at which that is measured. None gives every layer
-            ``weight_bits``.
+            included. None: what ``weight_bits`` in every layer would take.
+        sensitivity: by what each layer gets its own weight bits within that size (``weight_bits``, at most 4, is
+            then only the width at which errors are compared). ``gradient``: by its error and the gradients seen in
+            calibration, which costs nothing; every layer has ``weight_bits`` where there are none. ``measured``: by
+            running the model with each layer rounded. ``none``: every layer has ``weight_bits``.
         mode: name of the mode the other defaults came from, ``auto`` or ``paper``.
         codebook: weight levels, a key of :data:`lrqdit.codebook.CODEBOOKS`.
         table_scope: ``layer`` (one int8 table per layer) or ``row`` (one per output row).
@@ -89,6 +95,8 @@ class QuantizationConfig:
         rounding: ``nearest``, or ``compensated`` (GPTQ where it lowers a layer's error on held-out prompts).
         hessian: what compensation minimizes: the change of the model's ``output``, to first order, which runs and
             differentiates every second call of the calibration once more, or of each layer's output (``input``).
+        principal_rank: directions of the input of layers with 4-bit activations that may pass beside the codes
+            (:mod:`lrqdit.principal`), where that lowers the measured error by a quarter; 0 for none.
         damping: of the compensation's Hessian, relative to its mean diagonal.
         moment_gib: memory for second moments of layer inputs, in GiB; layers that find none left round plainly.
         keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).
@@ -103,6 +111,7 @@ class QuantizationConfig:
     weight_bits: int = 4
     activation_bits: int = 8
     average_bits: float | None = None
+    sensitivity: str = "gradient"
     mode: str = "auto"
     codebook: str = "twin_log"
     table_scope: str = "layer"
@@ -116,6 +125,7 @@ class QuantizationConfig:
     token_levels: str = "auto"
     rounding: str = "compensated"
     hessian: str = "output"
+    principal_rank: int = 16
     damping: float = 0.03
     moment_gib: float = 16.0
     keep_bits: int = 8
@@ -142,6 +152,9 @@ class QuantizationConfig:
         _check_choice("rounding", self.rounding, ROUNDING_POLICIES)
         _check_choice("hessian", self.hessian, HESSIANS)
         _check_choice("keep_bits", self.keep_bits, (8, 16))
+        _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
+        if not 0 <= self.principal_rank <= 256:
+            raise ConfigError(f"principal_rank={self.principal_rank} must be 0 (none) to 256")
         if self.coding == "trellis" and (self.table_scope != "layer" or self.codebook == "minmax"):
             raise ConfigError(
                 f"coding='trellis' needs one table per layer, but table_scope={self.table_scope!r} and "
@@ -150,6 +163,11 @@ class QuantizationConfig:
         if (bits := self.average_bits) is not None:
             if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
                 raise ConfigError(f"average_bits={bits!r} is not a positive number of bits per parameter")
+            if self.sensitivity == "none":
+                raise ConfigError(
+                    "average_bits gives layers different bits, but sensitivity='none' (the default in mode 'paper') "
+                    "asks for the same everywhere; set sensitivity to 'gradient' or 'measured'"
+                )
         if not 0 < self.smoothing_alpha < 1:
             raise ConfigError(f"smoothing_alpha={self.smoothing_alpha!r} must lie between 0 and 1; 0.5 is the default")
         for name in ("damping", "moment_gib"):
@@ -168,6 +186,11 @@ class QuantizationConfig:
         """Whether layers of up to 5 bits are coded by a trellis."""
         is_default = self.table_scope == "layer" and self.codebook == "twin_log"
         return self.coding == "trellis" or (self.coding == "auto" and is_default)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether layers may get different weight bits."""
+        return self.sensitivity != "none" and (self.average_bits is not None or self.weight_bits < 8)
 
     @property
     def preset(self) -> str:

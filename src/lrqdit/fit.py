@@ -1,7 +1,8 @@
 """From a dense linear layer to a quantized one: choose the input transform, fit the levels, fill the buffers.
 
-For every group of layers that read one tensor the candidates (smoothing or not, each rotation) are built, the weights
-are folded and quantized, and the output error on reservoir tokens decides:
+For every group of layers that read one tensor the candidates (smoothing or not, each rotation, for 4-bit tokens with
+and without a principal part that is not rounded) are built, the weights are folded and quantized, and the output error
+on reservoir tokens decides:
 
     error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrqdit import codebook, ops, rotation, trellis
+from lrqdit import codebook, ops, principal, rotation, trellis
 from lrqdit.activation import CLIP_RATIOS, InputTransform, dequantize_tokens, quantize_tokens, smoothing_vector
 from lrqdit.calibrate import ActivationStats
 from lrqdit.compensate import Curvature, round_weight
@@ -30,6 +31,8 @@ from lrqdit.errors import NumericalError, RotationError
 from lrqdit.linear import LinearFormat, QuantLinear
 
 OUTLIER_GAIN = 0.10
+PRINCIPAL_GAIN = 0.25
+CHANNELS_PER_DIRECTION = 16
 UNROTATED_GAIN = 2.0
 SALIENT_RATIO = 4.0
 ROWS_FOR_CHOICE = 384
@@ -46,9 +49,10 @@ class GroupReport:
         names: the layers that share the input, its owner first.
         rms: J, the RMS of the input; None without calibration.
         absmax: the largest |x|; None without calibration.
-        rotation, is_smoothed, clip: the choice.
+        rotation, is_smoothed, clip, principal_rank: the choice.
         error: relative output error of the choice.
-        candidates: relative output error by "rotation" or "rotation+smoothing", of plain rounding to scalar levels.
+        candidates: relative output error by the rotation's name, perhaps with "+smoothing" and "+principal", of plain
+            rounding to scalar levels.
         rounding: by layer, the held-out output error of each way of rounding relative to plain rounding; the smallest
             was taken.
         predicted: with ``average_bits``, by layer and weight bits the mean squared change of the model's output.
@@ -68,6 +72,7 @@ class GroupReport:
     rounding: dict[str, dict[str, float]] = field(default_factory=dict)
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
     chosen_bits: dict[str, int] = field(default_factory=dict)
+    principal_rank: int = 0
 
     @property
     def gain(self) -> float | None:
@@ -118,6 +123,8 @@ def choose_transform(
     is_measured = config.rotation == "auto" or config.smoothing == "auto"
     # R1 P R2 costs time and bits; and compensated rounding gains more on rotated columns than is measured here
     penalties = {"outlier": 1 / (1 - OUTLIER_GAIN), "none": UNROTATED_GAIN if config.rounding == "compensated" else 1.0}
+    rank = _principal_rank(config, weights) if activation_bits == 4 else 0
+    moment = None if rank == 0 else stats.second_moment(center)
     best: tuple[float, InputTransform, GroupReport] | None = None
     errors: dict[str, float] = {}
     for is_smoothed in {"auto": (False, True), "always": (True,), "never": (False,)}[config.smoothing]:
@@ -135,22 +142,47 @@ def choose_transform(
             transform = InputTransform(
                 rotation.Rotation.from_tensors(kind, len(mean), built.factors, built.tensors()), offset, stored
             )
-            folded = ops.fold(transform, rows)
-            levels = _fit_levels(name, folded, weight_bits, config)
-            transform, error = _fit_clip(
-                transform, transform.apply(x), levels.quantize(folded), target, varying, activation_bits, config
-            )
-            errors[kind + ("+smoothing" if is_smoothed else "")] = error
-            score = error * (penalties.get(kind, 1.0) if is_measured else 1.0)
-            if best is None or score < best[0]:
-                report = GroupReport(
-                    list(weights), weight_bits, activation_bits, kind, is_smoothed, transform.clip, stats.rms,
-                    float(stats.channel_absmax().max()), error, errors,
-                )  # fmt: skip
-                best = score, transform, report
+            penalty = penalties.get(kind, 1.0) if is_measured else 1.0
+            for candidate in (transform, _with_principal(transform, moment, rank, seed)):
+                if candidate is None:
+                    continue
+                folded, whole = ops.fold(candidate, rows), target
+                if candidate.principal is not None:
+                    p = candidate.smooth(x) @ candidate.principal.values.T
+                    whole = target - p @ principal.outlet(candidate.unsmooth(rows), candidate.principal)
+                levels = _fit_levels(name, folded, weight_bits, config)
+                candidate, error = _fit_clip(
+                    candidate, candidate.apply(x), levels.quantize(folded), whole, varying, activation_bits, config
+                )
+                suffix = ("+smoothing" if is_smoothed else "") + ("+principal" if candidate.principal else "")
+                errors[kind + suffix] = error
+                score = error * penalty / (1 - PRINCIPAL_GAIN if candidate.principal else 1.0)
+                if best is None or score < best[0]:
+                    report = GroupReport(
+                        list(weights), weight_bits, activation_bits, kind, is_smoothed, candidate.clip, stats.rms,
+                        float(stats.channel_absmax().max()), error, errors,
+                        principal_rank=rank if candidate.principal else 0,
+                    )  # fmt: skip
+                    best = score, candidate, report
     if best is None:
         raise RotationError(f"{name}: no rotation of {config.rotation!r} fits width {len(mean)}; use 'hadamard'")
     return best[1], best[2]
+
+
+def _principal_rank(config: QuantizationConfig, weights: dict[str, Tensor]) -> int:
+    """Directions that pass beside the codes: fewer where they would cost more than a bit per weight."""
+    narrowest = min(min(w.shape) for w in weights.values())
+    return min(config.principal_rank, narrowest // CHANNELS_PER_DIRECTION)
+
+
+def _with_principal(transform: InputTransform, moment: Tensor | None, rank: int, seed: int) -> InputTransform | None:
+    """The transform with the leading directions of what it smooths; None without a second moment."""
+    if moment is None or not float(moment.trace()) > 0:
+        return None
+    scale = torch.ones(len(moment)) if transform.input_scale is None else transform.input_scale.float()
+    moment = moment.float() * scale * scale[:, None]
+    directions = principal.find_directions(lambda columns: moment @ columns, len(moment), rank, seed)
+    return dataclasses.replace(transform, principal=directions)
 
 
 def _candidate_rotations(config: QuantizationConfig, rms: float, channel_absmax: Tensor) -> tuple[str, ...]:
@@ -273,8 +305,12 @@ def quantize_linear(
         has_original_bias=bias is not None,
         has_offset=transform.input_offset is not None,
         has_scale=transform.input_scale is not None,
+        principal_rank=0 if transform.principal is None else len(transform.principal.codes),
         input_from=input_from,
     )
+    outlet = None
+    if transform.principal is not None:
+        outlet = principal.LowRank.round(principal.outlet(transform.unsmooth(weight), transform.principal))
     if curvature is None or weight_bits == 8:
         codes = levels.encode(folded)
     else:
@@ -282,7 +318,7 @@ def quantize_linear(
         if report is not None:
             report.rounding[name] = errors
     table = None if weight_bits == 8 else levels.table
-    return QuantLinear(layout, dtype).fill(codes, table, levels.row_scale, new_bias, transform)
+    return QuantLinear(layout, dtype).fill(codes, table, levels.row_scale, new_bias, transform, outlet)
 
 
 def keep_at_8_bits(name: str, layer: nn.Linear, config: QuantizationConfig) -> QuantLinear:

@@ -85,10 +85,19 @@ def _apply(transform: native.Transform) -> Tensor:
     return out
 
 
-def _quantize(transform: native.Transform, bits: int, clip: float, levels: str) -> tuple[Tensor, Tensor]:
+def _levels(bits: int, levels: str) -> tuple[int, int | None]:
+    """The bits that a kernel rounds to, and the address of its lookup."""
+    return (8, normal_lookup().data_ptr()) if levels == "normal" else (bits, None)
+
+
+def _empty_codes(transform: native.Transform) -> tuple[Tensor, Tensor]:
     rows, width = transform.rows, transform.width
-    codes, scale = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
-    bits, lookup = (8, normal_lookup().data_ptr()) if levels == "normal" else (bits, None)
+    return torch.empty(rows, width, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
+
+
+def _quantize(transform: native.Transform, bits: int, clip: float, levels: str) -> tuple[Tensor, Tensor]:
+    codes, scale = _empty_codes(transform)
+    bits, lookup = _levels(bits, levels)
     last = torch.get_num_threads(), codes.data_ptr(), scale.data_ptr()
     native.call_plain("lrq_quantize_tokens", transform, bits, clip, lookup, *last)
     return codes, scale
@@ -116,11 +125,15 @@ class _WeightCall:
         self.structure = native.Weight(*map(_address, self.kept), *shape)
 
 
+def _empty_output(rows: int, weight: native.Weight, out_dtype: torch.dtype) -> tuple[torch.dtype, Tensor]:
+    native_dtype = out_dtype if out_dtype in TYPE_CODES else torch.float32
+    return native_dtype, torch.empty(rows, weight.out_features, dtype=native_dtype)
+
+
 def _multiply(weight: native.Weight, x: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """The product of contiguous tokens, codes with their steps or float32, with a weight."""
     rows = x.shape[0]
-    native_dtype = out_dtype if out_dtype in TYPE_CODES else torch.float32
-    out = torch.empty(rows, weight.out_features, dtype=native_dtype)
+    native_dtype, out = _empty_output(rows, weight, out_dtype)
     last = TYPE_CODES[native_dtype], torch.get_num_threads(), out.data_ptr()
     if scale is None:
         native.call_plain("lrq_weight_only_linear", weight, rows, x.data_ptr(), *last)
@@ -197,6 +210,17 @@ class LayerCalls:
 
     def quantized_linear(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         return _multiply(self.weight, codes, scale, out_dtype)
+
+    def linear(self, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and what it was computed from: :meth:`quantize_tokens` and the product of it in one call."""
+        transform, f = self._transform(x), self.format
+        codes, scale = _empty_codes(transform)
+        native_dtype, out = _empty_output(transform.rows, self.weight, out_dtype)
+        bits, lookup = _levels(f.activation_bits, f.token_levels)
+        last = codes.data_ptr(), scale.data_ptr(), out.data_ptr()
+        how = TYPE_CODES[native_dtype], torch.get_num_threads()
+        native.call_plain("lrq_linear", transform, bits, f.clip, lookup, self.weight, *how, *last)
+        return (out if native_dtype == out_dtype else out.to(out_dtype)), codes, scale
 
     def weight_only_linear(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         return _multiply(self.weight, _apply(self._transform(x)), None, out_dtype)

@@ -20,6 +20,7 @@ from lrqdit.activation import InputTransform
 from lrqdit.config import ACTIVATION_BITS, WEIGHT_BITS
 from lrqdit.errors import CheckpointError, ModelError
 from lrqdit.packing import pack, packed_shape
+from lrqdit.principal import LowRank, split
 from lrqdit.rotation import MAX_BLOCK, Rotation
 
 
@@ -38,6 +39,7 @@ class LinearFormat:
         factors: its Kronecker factors (or block sizes).
         clip: activation clip ratio.
         token_levels: one of :data:`lrqdit.activation.TOKEN_LEVELS`; ``normal`` for 4-bit activations only.
+        principal_rank: directions of the input that pass beside the codes (:mod:`lrqdit.principal`); 0 for none.
         has_bias, has_offset, has_scale: which optional buffers exist.
         has_original_bias: whether the layer had a bias before centring gave it one.
         input_from: name of the layer whose input transform this one shares, or None.
@@ -54,6 +56,7 @@ class LinearFormat:
     factors: tuple[int, ...] = ()
     clip: float = 1.0
     token_levels: str = "uniform"
+    principal_rank: int = 0
     has_bias: bool = True
     has_original_bias: bool = True
     has_offset: bool = False
@@ -90,6 +93,10 @@ class LinearFormat:
             raise ValueError(f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}")
         if self.token_levels != "uniform" and (self.token_levels, self.activation_bits) != ("normal", 4):
             raise ValueError(f"token_levels={self.token_levels!r} at {self.activation_bits} bits")
+        if not 0 <= self.principal_rank <= min(self.in_features, self.out_features) or (
+            self.principal_rank and self.activation_bits == 16
+        ):
+            raise ValueError(f"principal_rank={self.principal_rank} at {self.activation_bits} bits")
         if self.table_rows not in ((0,) if self.weight_bits == 8 else (1, self.out_features)):
             raise ValueError(f"table_rows={self.table_rows}")
         if self.is_trellis and (self.table_rows != 1 or self.weight_bits not in trellis.BITS):
@@ -112,7 +119,7 @@ class SharedInput:
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
-        self.entry: tuple[weakref.ref, int, Tensor, Tensor] | None = None
+        self.entry: tuple[weakref.ref, int, Tensor, Tensor, Tensor | None] | None = None
         self.reads_left = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,18 +129,19 @@ class SharedInput:
         if self.entry is not None and self.entry[0] is reference:
             self.entry = None
 
-    def get(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def get(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         entry = self.entry
         if entry is None or entry[0]() is not x or x.is_inference() or entry[1] != x._version:
             return None
         self.reads_left -= 1
         if self.reads_left <= 0:
             self.entry = None
-        return entry[2], entry[3]
+        return entry[2:]
 
-    def put(self, x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    def put(self, x: Tensor, codes: Tensor, scale: Tensor, principal: Tensor | None) -> None:
         if self.readers > 1 and not x.is_inference():  # an inference tensor has no version to check
-            self.entry, self.reads_left = (weakref.ref(x, self._drop), x._version, codes, scale), self.readers - 1
+            self.entry = weakref.ref(x, self._drop), x._version, codes, scale, principal
+            self.reads_left = self.readers - 1
 
 
 class QuantLinear(nn.Linear):
@@ -159,6 +167,9 @@ class QuantLinear(nn.Linear):
         self._declare("row_scale_bits", (self.out_features,), torch.int32, device)
         if format.has_bias:
             self._declare("bias_bits", (self.out_features,), torch.int32, device)
+        if format.principal_rank:
+            self._declare("outlet", (format.principal_rank, self.out_features), torch.int8, device)
+            self._declare("outlet_scale_bits", (format.principal_rank,), torch.int32, device)
         for name, (shape, kind) in self._input_buffers().items():
             self._declare(name, shape, kind, device, is_persistent=format.input_from is None)
         marker = torch.empty(0, dtype=dtype, device=device)
@@ -173,6 +184,9 @@ class QuantLinear(nn.Linear):
             buffers["input_offset_bits"] = (self.in_features,), torch.int16
         if self.format.has_scale:
             buffers["input_scale_bits"] = (self.in_features,), torch.int16
+        if self.format.principal_rank:
+            buffers["principal"] = (self.format.principal_rank, self.in_features), torch.int8
+            buffers["principal_scale_bits"] = (self.format.principal_rank,), torch.int32
         if self.format.rotation == "outlier":
             block = self.format.factors[0]
             buffers["block1_bits"] = buffers["block2_bits"] = (block, block), torch.int32
@@ -180,10 +194,11 @@ class QuantLinear(nn.Linear):
         return buffers
 
     def fill(
-        self, codes: Tensor, table: Tensor | None, row_scale: Tensor, bias: Tensor | None, transform: InputTransform
-    ) -> "QuantLinear":
+        self, codes: Tensor, table: Tensor | None, row_scale: Tensor, bias: Tensor | None, transform: InputTransform,
+        outlet: LowRank | None = None,
+    ) -> "QuantLinear":  # fmt: skip
         """Set every buffer. codes (out, in) uint8, table int8, row_scale and bias float32; returns self."""
-        rotation = transform.rotation
+        rotation, principal = transform.rotation, transform.principal
         values = {
             "packed": pack(codes, self.format.weight_bits),
             "table": table,
@@ -194,6 +209,10 @@ class QuantLinear(nn.Linear):
             "block1_bits": None if rotation.block1 is None else rotation.block1.view(torch.int32),
             "block2_bits": None if rotation.block2 is None else rotation.block2.view(torch.int32),
             "permutation": rotation.permutation,
+            "principal": principal and principal.codes,
+            "principal_scale_bits": principal and principal.scale.view(torch.int32),
+            "outlet": outlet and outlet.codes,
+            "outlet_scale_bits": outlet and outlet.scale.view(torch.int32),
         }
         for name, buffer in self.named_buffers():
             if name != "_dtype_marker":
@@ -238,11 +257,24 @@ class QuantLinear(nn.Linear):
             self._buffers.get("permutation"),
         )  # fmt: skip
         offset, scale = (self._float_view(f"input_{name}_bits", torch.float16) for name in ("offset", "scale"))
-        return InputTransform(rotation, offset, scale, self.format.clip, self.format.token_levels)
+        return InputTransform(
+            rotation, offset, scale, self.format.clip, self.format.token_levels, self._low_rank("principal")
+        )
+
+    def _low_rank(self, name: str) -> LowRank | None:
+        if not self.format.principal_rank:
+            return None
+        return LowRank(self._buffers[name], self._buffers[f"{name}_scale_bits"].view(torch.float32))
 
     def dequantize(self) -> Tensor:
         """The weight this layer multiplies with, in the original basis: float32 (out_features, in_features)."""
-        return self.input_transform.unfold(self._decode().float() * self.row_scale[:, None])
+        transform = self.input_transform
+        weight = transform.unfold(self._decode().float() * self.row_scale[:, None])
+        if (outlet := self._low_rank("outlet")) is not None:
+            u = transform.principal.values
+            part = (outlet.values.T - transform.unsmooth(weight) @ u.T) @ u
+            weight = weight + (part if transform.input_scale is None else part * transform.input_scale.float())
+        return weight
 
     def to_linear(self) -> nn.Linear:
         """A dense ``nn.Linear`` that computes the same from unquantized activations."""
@@ -274,39 +306,53 @@ class QuantLinear(nn.Linear):
             return self._compute(x, torch.get_autocast_dtype(kind))
 
     def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        is_direct = self.calls.prepare(x, self)
+        is_direct, principal = self.calls.prepare(x, self), None
         if self.format.activation_bits == 16:
             if is_direct:
                 y = self.calls.weight_only_linear(x, out_dtype)
             else:
                 tokens = x.reshape(-1, self.in_features)
                 y = ops.weight_only_linear(tokens, *self._input_arguments(), *self._weight_arguments(), out_dtype)
+        elif not is_direct:
+            codes, scale, principal = self._quantize(x, is_direct)
+            y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
+        elif (found := self.shared_input.get(x)) is not None:
+            codes, scale, principal = found
+            y = self.calls.quantized_linear(codes, scale, out_dtype)
         else:
-            codes, scale = self._quantize(x, is_direct)
-            if is_direct:
-                y = self.calls.quantized_linear(codes, scale, out_dtype)
-            else:
-                y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
+            left, principal = self._split(x)
+            y, codes, scale = self.calls.linear(left, out_dtype)
+            self.shared_input.put(x, codes, scale, principal)
+        if principal is not None:
+            y = y.addmm_(principal.to(out_dtype), self._low_rank("outlet").values.to(out_dtype))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes int8 (tokens, in_features) and steps float32 (tokens,) of x (..., in_features)."""
-        return self._quantize(x, self.calls.prepare(x, self))
+        return self._quantize(x, self.calls.prepare(x, self))[:2]
 
-    def _quantize(self, x: Tensor, is_direct: bool) -> tuple[Tensor, Tensor]:
+    def _quantize(self, x: Tensor, is_direct: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         is_eager = not torch.compiler.is_compiling()  # a compiler merges equal calls by itself
         if is_eager and (found := self.shared_input.get(x)) is not None:
             return found
+        left, principal = self._split(x)
         if is_direct:
-            codes, scale = self.calls.quantize_tokens(x)
+            codes, scale = self.calls.quantize_tokens(left)
         else:
-            tokens, f = x.reshape(-1, self.in_features), self.format
+            tokens, f = left.reshape(-1, self.in_features), self.format
             codes, scale = ops.quantize_tokens(
                 tokens, *self._input_arguments(), f.activation_bits, f.clip, f.token_levels
             )
         if is_eager:
-            self.shared_input.put(x, codes, scale)
-        return codes, scale
+            self.shared_input.put(x, codes, scale, principal)
+        return codes, scale, principal
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What of x is rounded, and the coordinates of what is not, (tokens, principal_rank)."""
+        if not self.format.principal_rank:
+            return x, None
+        t = self.input_transform
+        return split(x.reshape(-1, self.in_features), t.principal, t.input_offset, t.input_scale)
 
     def _weight_arguments(self) -> tuple:
         """What the operators want to know of the weight."""

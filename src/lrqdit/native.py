@@ -21,7 +21,7 @@ from torch import Tensor
 import lrqdit
 from lrqdit.errors import KernelError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ENVIRONMENT = "LRQDIT_KERNELS"
 ISA_NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "serial")
 LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.dll"}.get(
@@ -91,6 +91,13 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_quantized_linear": (
         ctypes.c_int,
         (ctypes.POINTER(Weight), ctypes.c_int64, _pointer, _pointer, ctypes.c_int, ctypes.c_int, _pointer),
+    ),
+    "lrq_linear": (
+        ctypes.c_int,
+        (
+            *(ctypes.POINTER(Transform), ctypes.c_int, ctypes.c_double, _pointer),
+            *(ctypes.POINTER(Weight), ctypes.c_int, ctypes.c_int, _pointer, _pointer, _pointer),
+        ),
     ),
     "lrq_weight_only_linear": (
         ctypes.c_int,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lrqdit import activation
 from lrqdit.packing import unpack
+from lrqdit.principal import outlet
 from lrqdit.rotation import MIN_ROWS, Rotation
 from lrqdit.trellis import find_places
 
@@ -194,6 +195,10 @@ def fold(transform: activation.InputTransform, weight: Tensor) -> Tensor:
     A kernel's additions have another order than the reference's matrix products: W~ agrees to float rounding.
     """
     r, scale = transform.rotation, transform.input_scale
+    if transform.principal is not None:
+        c = outlet(transform.unsmooth(weight), transform.principal)
+        part = c.T @ transform.principal.values
+        weight = weight - (part if scale is None else part * scale.float())
     if scale is not None and not bool((scale.abs() == 1).all()):  # signs are their own inverse; others have none
         weight, scale = weight / scale.float(), None
     if r.kind == "none" and scale is None:

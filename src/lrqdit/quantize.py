@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from lrqdit import checkpoint, diffusers_plugin, models
 from lrqdit.accounting import SizeReport, measure_size
 from lrqdit.activation import InputTransform
-from lrqdit.calibrate import InputGroup, Observer
+from lrqdit.calibrate import ActivationStats, InputGroup, Observer
 from lrqdit.codebook import CODEBOOKS
 from lrqdit.compensate import Curvature, measure_curvature
 from lrqdit.config import QuantizationConfig
@@ -26,7 +26,7 @@ from lrqdit.errors import ConfigError, ModelError
 from lrqdit.fit import GroupReport, check_finite, choose_transform, data_free_transform, keep_at_8_bits, quantize_linear
 from lrqdit.linear import LinearFormat, QuantLinear
 from lrqdit.recording import Calibration, StepRecorder, recorded_steps
-from lrqdit.sensitivity import Probe, at_every_width, choose_bits, options
+from lrqdit.sensitivity import Probe, at_every_width, choose_bits, estimate, options
 
 GRADIENT_EVERY = 2  # calls of a module that are not held out
 HELD_OUT_EVERY = 8  # prompts, or calls of a module that a forward loop of the caller's runs
@@ -92,7 +92,7 @@ def quantize(
         stored_dtypes: by name of the module, the dtype its float tensors will be saved in, where that is narrower than
             theirs; ``average_bits`` counts them so.
         settings: single settings of :class:`QuantizationConfig`, such as ``mode="paper"``, ``seed=1`` or
-            ``average_bits=3.5`` (each layer's bits by measured sensitivity, 3.5 true bits per parameter in all).
+            ``average_bits=3.5`` (3.5 true bits per parameter in all).
 
     Returns:
         The calibration report.
@@ -109,7 +109,7 @@ def quantize(
     selections = {name: models.select_layers(module, config.exclude) for name, module in modules.items()}
     if config.average_bits is not None:
         if not is_calibrated:
-            raise ConfigError("average_bits needs calibration: it measures what each layer's bits do to the output")
+            raise ConfigError("average_bits needs calibration: it must know what each layer's bits do to the output")
         for name, module in modules.items():
             _check_budget(module, selections[name], config, (stored_dtypes or {}).get(name))
     is_observed = is_calibrated and calibration is None
@@ -363,12 +363,12 @@ def _quantize_module(
              for flag in (False, True)]  # fmt: skip
     parts = [part for part in split if part.names]
     results, probe, stack = _Results(run_folder), None, contextlib.ExitStack()
-    if config.average_bits is not None:
-        assert calibration is not None
+    is_mixed = calibration is not None and config.is_mixed
+    if calibration is not None and is_mixed and config.sensitivity == "measured":
         if not calibration.steps:
             raise ModelError(
-                f"average_bits: no call of {type(module).__name__} could be kept to measure on, its arguments are more "
-                "than tensors, numbers and texts; quantize it with the same bits everywhere"
+                f"sensitivity='measured': no call of {type(module).__name__} could be kept to measure on, its "
+                "arguments are more than tensors, numbers and texts; set sensitivity='gradient'"
             )
         probe = stack.enter_context(Probe(module, calibration.steps))
     replacements: dict[str, QuantLinear] = {}
@@ -384,16 +384,20 @@ def _quantize_module(
         name: keep_at_8_bits(name, module.get_submodule(name), config)
         for name in models.layers_stored_at_8_bits(module, selection, config)
     }
-    if config.average_bits is not None:
+    if is_mixed:
         predicted = {
             name: {int(bits): error for bits, error in errors.items()}
             for report in reports
             for name, errors in report.predicted.items()
         }
+        if not predicted and config.average_bits is not None:
+            raise ModelError(
+                f"average_bits: calibration saw no gradients of {type(module).__name__} to estimate what its layers' "
+                "bits do; set sensitivity='measured'"
+            )
         formats = {name: replacements[name].format for name in predicted}
-        chosen = choose_bits(
-            module, formats, predicted, {n: layer.format for n, layer in kept.items()}, config, stored_dtype
-        )
+        others = {name: layer.format for name, layer in (replacements | kept).items() if name not in predicted}
+        chosen = choose_bits(module, formats, predicted, others, config, stored_dtype)
         for number, part in enumerate(tqdm(parts, f"choosing bits of {component}", disable=not show_progress)):
             layers, reports[number] = results.get(
                 f"chosen-{number}", part.names,
@@ -408,7 +412,7 @@ def _quantize_module(
 def _quantize_group(
     module: nn.Module, part: _Part, config: QuantizationConfig, probe: Probe | None
 ) -> tuple[dict[str, QuantLinear], GroupReport]:
-    """Choose the group's input transform and quantize its layers with it; with a probe, measure what that does."""
+    """Choose the group's input transform and quantize its layers with it; find out what that does to the output."""
     weight_bits, activation_bits = part.bits(config)
     originals = {name: module.get_submodule(name) for name in part.names}
     transform: InputTransform
@@ -423,11 +427,31 @@ def _quantize_group(
         name: _quantize_layer(module, part, name, transform, config, weight_bits, curvature, report)
         for name in part.names
     }
+    changes: dict[str, float] = {}
     if probe is not None:
-        for name, layer in layers.items():
-            errors = at_every_width(probe.measure(name, layer), weight_bits, part.is_weight_only)
-            report.predicted[name] = {str(bits): error for bits, error in errors.items()}
+        changes = {name: probe.measure(name, layer) for name, layer in layers.items()}
+    elif config.is_mixed and part.group is not None:
+        changes = _estimate_changes(part.group.stats, transform, layers, originals)
+    for name, change in changes.items():
+        errors = at_every_width(change, weight_bits, part.is_weight_only)
+        report.predicted[name] = {str(bits): error for bits, error in errors.items()}
     return layers, report
+
+
+def _estimate_changes(
+    stats: ActivationStats, transform: InputTransform, layers: dict[str, QuantLinear], originals: dict[str, nn.Linear]
+) -> dict[str, float]:
+    """By layer, its estimated change of the output; only of layers whose gradients calibration saw."""
+    offset = torch.zeros(transform.in_features) if transform.input_offset is None else transform.input_offset
+    moment = stats.output_moment(offset)
+    energies = {name: stats.gradient_energy(name) for name in layers}
+    if moment is None or not float(moment.trace()) > 0:
+        return {}
+    return {
+        name: estimate(layers[name], originals[name].weight, moment, energy)
+        for name, energy in energies.items()
+        if energy is not None
+    }
 
 
 def _change_bits(
@@ -436,12 +460,13 @@ def _change_bits(
 ) -> tuple[dict[str, QuantLinear], GroupReport]:  # fmt: skip
     """The layers of a group at the chosen weight bits, their input transform as it is."""
     transform = layers[part.names[0]].input_transform
-    report = dataclasses.replace(report, chosen_bits={name: chosen[name] for name in part.names})
-    changed = [name for name in part.names if chosen[name] != layers[name].format.weight_bits]
+    bits = {name: chosen.get(name, layers[name].format.weight_bits) for name in part.names}
+    report = dataclasses.replace(report, chosen_bits=bits)
+    changed = [name for name in part.names if bits[name] != layers[name].format.weight_bits]
     if changed:
-        curvature = _curvature(part, transform, config, min(chosen[name] for name in changed))
+        curvature = _curvature(part, transform, config, min(bits[name] for name in changed))
         layers |= {
-            name: _quantize_layer(module, part, name, transform, config, chosen[name], curvature, report)
+            name: _quantize_layer(module, part, name, transform, config, bits[name], curvature, report)
             for name in changed
         }
     return layers, report

@@ -1,8 +1,12 @@
 """Mixed precision: how much the model's output changes with each layer's weight bits, and which bits a budget allows.
 
-Measured, not modelled: one layer at a time is replaced by its quantized form (activations in full) and the recorded
-denoising steps are run again. That is done at one width; at the others the change is scaled by fixed factors, which
-choose as well as measuring at every width. Errors of different layers add up within a few per cent.
+Two ways to know, both at one width; at the others the change is scaled by fixed factors, which choose as well as
+measuring at every width. Errors of different layers add up within a few per cent.
+
+- estimated from calibration: with D the rounding error of a weight and M the gradients of :mod:`lrqdit.moments`, the
+  output changes by <M, D>, whose mean square is tr(D E[M^T M] D^T) / out_features if all rows of M are alike;
+- measured: one layer at a time is replaced by its quantized form (activations in full) and the recorded denoising steps
+  are run again. It chooses better, and takes a run of the model for each layer.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from lrqdit.config import WEIGHT_BITS, QuantizationConfig
 from lrqdit.errors import ConfigError, NumericalError
 from lrqdit.linear import LinearFormat, QuantLinear
 from lrqdit.recording import Step
+from lrqdit.rotation import single_thread
 
 # A layer's error by weight bits. A bit counts four; from 3 to 2 bits the late steps show 4.8 (the median), and
 # cross-attention's queries and keys lose at earlier steps what they do not show. 5 and 6 bits were measured on Gaussian
@@ -30,6 +35,21 @@ RELATIVE_ERROR = {2: 8.0, 3: 1.0, 4: 0.25, 5: 0.0625, 6: 0.025, 8: 0.003}
 def options(is_weight_only: bool) -> tuple[int, ...]:
     """The weight bits that a layer may get; large modulation layers never less than 4."""
     return tuple(bits for bits in WEIGHT_BITS if bits >= (4 if is_weight_only else 2))
+
+
+def estimate(layer: QuantLinear, weight: Tensor, moment: Tensor, energy: float) -> float:
+    """Mean squared change of the model's output through the rounded weight of ``layer``, to first order.
+
+    Args:
+        layer: quantized.
+        weight: that of the original, (out_features, in_features).
+        moment: E[M^T M] of the layer's group, at any scale, (in_features, in_features).
+        energy: E |M|^2 of the layer.
+    """
+    difference = layer.dequantize().cpu() - weight.detach().cpu().float()
+    with single_thread():
+        change = (difference @ moment.float()).double().mul_(difference.double()).sum()
+    return float(change / moment.trace()) * energy / len(weight)
 
 
 class Probe:
@@ -90,7 +110,8 @@ def choose_bits(
     config: QuantizationConfig,
     dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
-    """Weight bits by layer: the smallest sum of predicted changes within ``config.average_bits`` of the whole module.
+    """Weight bits by layer: the smallest sum of predicted changes within ``config.average_bits`` of the whole module,
+    or, if that is None, within what the layers would take as they are, and at most the smallest bits above it.
 
     Args:
         module: the original model.
@@ -102,11 +123,14 @@ def choose_bits(
     Raises:
         ConfigError: if the budget is below what the smallest widths take; it names that.
     """
-    assert config.average_bits is not None
     costs = {
         name: [layer_bytes(_at_bits(layout, bits, config)) for bits in predicted[name]]
         for name, layout in formats.items()
     }
+    smallest = sum(min(values) for values in costs.values())
+    if config.average_bits is None:
+        plain = sum(layer_bytes(dataclasses.replace(layout, principal_rank=0)) for layout in formats.values())
+        return _pick(costs, predicted, max(plain, smallest))
     parameters, others = 0, sum(layer_bytes(layout) for layout in kept.values())
     for key, tensor in module.state_dict().items():
         parameters += tensor.numel()
@@ -115,13 +139,16 @@ def choose_bits(
             size = min(dtype.itemsize, tensor.element_size()) if is_cast and dtype else tensor.element_size()
             others += tensor.numel() * size
     budget = math.floor(config.average_bits * parameters / 8) - others
-    smallest = sum(min(values) for values in costs.values())
     if budget < smallest:
         least = math.ceil(8 * (smallest + others) / parameters * 1000) / 1000
         raise ConfigError(
             f"average_bits={config.average_bits:g} cannot be reached: {type(module).__name__} takes at least {least} "
             "true bits per parameter, scales and kept layers included"
         )
+    return _pick(costs, predicted, budget)
+
+
+def _pick(costs: Mapping[str, list[int]], predicted: Mapping[str, Mapping[int, float]], budget: int) -> dict[str, int]:
     widths = [list(predicted[name]) for name in costs]
     picks = choose_options(list(costs.values()), [list(predicted[name].values()) for name in costs], budget)
     return {name: bits[pick] for name, bits, pick in zip(costs, widths, picks, strict=True)}

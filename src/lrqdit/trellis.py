@@ -132,17 +132,18 @@ def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
             f"trellis.expand: {levels.bits} bits with {len(levels.table)} tables; "
             "a trellis has one table of 2 to 5 bits"
         )
-    matrix = _read_matrix("expand", weight)
-    count = max(FIT_COLUMNS, -(-FIT_WEIGHTS // len(matrix)))
-    sample = torch.from_numpy(np.ascontiguousarray(matrix[:, :: max(1, matrix.shape[1] // count)]))
+    levels._check_rows("expand", weight)
+    count = max(FIT_COLUMNS, -(-FIT_WEIGHTS // len(weight)))
+    sample = _read_matrix("expand", weight[:, :: max(1, weight.shape[1] // count)])
     scale = levels.row_scale.cpu()
     table = _split(levels.table[0].cpu().numpy().astype(np.float64))
-    units = sample.double().numpy() / np.where(scale == 0, 1, scale.double().numpy())[:, None]
+    units = sample / np.where(scale == 0, 1, scale.double().numpy())[:, None]
     energy = np.broadcast_to(np.square(scale.double().numpy())[:, None], units.shape)
+    sums = energy.ravel(), (energy * units).ravel()
     book = _rounded(levels, table, scale)
     for _ in range(FIT_STEPS):
-        index = level_index(book.encode(sample)).numpy().ravel()
-        mass, moment = (np.bincount(index, w.ravel(), len(table)) for w in (energy, energy * units))
+        index = level_index(book.encode(torch.from_numpy(sample))).numpy().ravel()
+        mass, moment = (np.bincount(index, w, len(table)) for w in sums)
         table = np.maximum.accumulate(np.where(mass > 0, moment / np.where(mass > 0, mass, 1), table))
         book = _rounded(levels, table, scale)
     return dataclasses.replace(book, table=book.table.to(weight.device), row_scale=book.row_scale.to(weight.device))

@@ -17,6 +17,7 @@ from lrqdit.checkpoint import FORMAT_VERSION
 FOLDER = Path(__file__).parent
 VARIANTS = {
     "w3a8-trellis": {"coding": "trellis"},
+    "w4a4-principal": {"rotation": "hadamard", "smoothing": "always"},
     "w4a8": {},
     "w5a8": {},
     "w6a8": {"table_scope": "row"},
@@ -49,6 +50,8 @@ def main() -> None:
             continue
         torch.manual_seed(7)
         model, x = Block(), torch.randn(24, 52)
+        if "principal" in name:
+            x = 0.3 * x + 3 * torch.randn(24, 2) @ torch.randn(2, 52)
         lrqdit.quantize(model, name.split("-")[0], forward_loop=lambda m, x=x: m(x), show_progress=False, **settings)
         lrqdit.save_checkpoint(model, folder)
         with torch.no_grad():

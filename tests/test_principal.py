@@ -1,0 +1,165 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fit import fit, observe, random
+from torch import nn
+
+from lrqdit import ops, rotation
+from lrqdit.activation import InputTransform
+from lrqdit.calibrate import ActivationStats
+from lrqdit.config import QuantizationConfig
+from lrqdit.errors import CheckpointError, ConfigError
+from lrqdit.fit import choose_transform, quantize_linear
+from lrqdit.linear import LinearFormat, QuantLinear
+from lrqdit.principal import LowRank, find_directions, outlet, split
+
+WIDTH = 96
+FAST = {"rotation": "hadamard", "smoothing": "never"}
+
+
+def tokens(count=400, width=WIDTH, rank=4, seed=0):
+    """Tokens that hold nearly all of their energy in a few directions."""
+    basis = torch.linalg.qr(random(width, rank, seed=50)).Q
+    return 6 * random(count, rank, seed=seed + 1) @ basis.T + 0.3 * random(count, width, seed=seed + 2)
+
+
+def stats_of(x):
+    stats = ActivationStats(x.shape[-1], 256, seed=0, has_moment=True)
+    stats.update(x)
+    return stats
+
+
+def quantized(weight, x, bias=None, preset="w4a4", **changes):
+    config = QuantizationConfig.from_name(preset, **{**FAST, **changes})
+    transform, report = choose_transform({"layer": weight}, stats_of(x), config, config.weight_bits, 4)
+    layer = quantize_linear("layer", weight, bias, transform, config, config.weight_bits, 4, weight.dtype)
+    return layer, report
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 70), st.integers(1, 40), st.integers(1, 6), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_the_parts_add_up_exactly(width, out_features, rank, has_offset, has_scale, seed):
+    """For any directions, far from orthonormal ones too: x^ W^T = (x^ - p U^T)(W - C^T U^T)^T + p C."""
+    rank = min(rank, width)
+    built = rotation.build(width, "hadamard", seed)
+    plain = rotation.Rotation.from_tensors("hadamard", width, built.factors, built.tensors())
+    offset = random(width, seed=seed).half() if has_offset else None
+    scale = random(width, seed=seed + 1).abs().add(0.2).half() if has_scale else None
+    u = LowRank.round(torch.linalg.qr(random(width, rank, seed=seed + 2)).Q.T * 1.1)
+    transform = InputTransform(plain, offset, scale, principal=u)
+    x, weight = random(9, width, seed=seed + 3), random(out_features, width, seed=seed + 4)
+    p = transform.smooth(x) @ u.values.T
+    c = outlet(transform.unsmooth(weight), u)
+    whole = transform.smooth(x) @ transform.unsmooth(weight).T
+    torch.testing.assert_close(transform.apply(x) @ transform.fold(weight).T + p @ c, whole, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ops.fold(transform, weight), transform.fold(weight), rtol=1e-3, atol=1e-3)
+    left, coordinates = split(x, u, offset, scale)
+    torch.testing.assert_close(coordinates, p, rtol=1e-3, atol=1e-3)
+    without = InputTransform(plain, offset, scale)
+    torch.testing.assert_close(without.apply(left), transform.apply(x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_leading_directions_are_found():
+    basis = torch.linalg.qr(random(60, 60)).Q
+    moment = basis @ torch.diag(0.8 ** torch.arange(60)) @ basis.T
+    found = find_directions(lambda columns: moment @ columns, 60, 5, seed=0).values
+    held = float(((found @ moment) * found).sum())
+    assert held == pytest.approx(float((0.8 ** torch.arange(5)).sum()), rel=0.01)
+    torch.testing.assert_close(found @ found.T, torch.eye(5), atol=0.02, rtol=0)
+    again = find_directions(lambda columns: moment @ columns, 60, 5, seed=0)
+    assert torch.equal(again.codes, LowRank.round(found).codes)
+
+
+def test_it_is_chosen_where_few_directions_hold_the_tokens():
+    x, weight = tokens(), random(48, WIDTH, seed=9)
+    layer, report = quantized(weight, x)
+    assert report.principal_rank == layer.format.principal_rank == 3  # a sixteenth of the narrower side
+    assert report.error == report.candidates["hadamard+principal"] < 0.75 * report.candidates["hadamard"]
+    flat, plain = quantized(weight, random(400, WIDTH))
+    assert flat.format.principal_rank == plain.principal_rank == 0 and "principal" not in flat.state_dict()
+    assert quantized(weight, x, principal_rank=0)[1].principal_rank == 0
+    assert fit(weight, x)[0].format.principal_rank == 0  # 8-bit tokens do not need it
+    config = QuantizationConfig.from_name("w4a4", **FAST)
+    _, report = choose_transform({"layer": weight}, observe(x), config, 4, 4)
+    assert report.principal_rank == 0  # no second moment
+
+
+def test_the_layer_is_better_and_says_what_it_computes():
+    x, weight, bias = tokens(seed=20), random(64, WIDTH, seed=9), random(64, seed=8)
+    y = nn.functional.linear(x, weight, bias)
+    layer, _ = quantized(weight, tokens(), bias)
+    plain, _ = quantized(weight, tokens(), bias, principal_rank=0)
+    error, plain_error = (float((q(x) - y).norm() / y.norm()) for q in (layer, plain))
+    assert error < 0.6 * plain_error
+    fine, _ = quantized(weight, tokens(), bias, preset="w8a4")
+    assert float((fine.dequantize() - weight).norm() / weight.norm()) < 0.02
+    for q in (layer, fine):
+        dense = q.to_linear().requires_grad_(False)
+        exact, shown = nn.functional.linear(x, q.dequantize(), bias), dense(x)
+        torch.testing.assert_close(shown.mean(0), exact.mean(0), atol=0.05, rtol=0.05)
+        assert float((q(x) - shown).norm() / shown.norm()) < 0.1  # what rounding the tokens does
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 7, 33])
+def test_every_dtype_and_few_rows(dtype, rows):
+    weight = random(64, WIDTH, seed=9)
+    layer, _ = quantized(weight, tokens())
+    x = tokens(rows, seed=30)
+    y, exact = layer(x.to(dtype)), layer(x)
+    assert y.dtype == dtype and y.shape == (rows, 64)
+    assert float((y.float() - exact).norm() / exact.norm()) < 0.03
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(layer(x.to(dtype)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def test_shared_inputs_are_split_once(monkeypatch):
+    layer, _ = quantized(random(64, WIDTH, seed=9), tokens())
+    other = QuantLinear(LinearFormat.from_dict({**layer.format.to_dict(), "input_from": "q"}))
+    other.load_state_dict({k: v for k, v in layer.state_dict().items() if k in other.state_dict()})
+    assert "principal" not in other.state_dict() and "outlet" in other.state_dict()
+    other.share_input(layer)
+    calls = []
+    monkeypatch.setattr("lrqdit.linear.split", lambda *a: calls.append(1) or split(*a))
+    x = tokens(40, seed=30)
+    with torch.no_grad():
+        assert torch.equal(layer(x), other(x)) and len(calls) == 1
+
+
+def test_compiled_copied_and_loaded():
+    layer, _ = quantized(random(64, WIDTH, seed=9), tokens())
+    x = tokens(40, seed=30)
+    with torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        loaded = QuantLinear(LinearFormat.from_dict(layer.format.to_dict()))
+        loaded.load_state_dict(layer.state_dict())
+        assert torch.equal(loaded(x), expected) and torch.equal(copy.deepcopy(layer)(x), expected)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, layer.dequantize().sum(0).expand(40, -1))
+
+
+@pytest.mark.parametrize("change", [{"principal_rank": -1}, {"principal_rank": 65}, {"activation_bits": 16}])
+def test_impossible_formats(change):
+    values = {"in_features": 96, "out_features": 64, "weight_bits": 4, "activation_bits": 4, "principal_rank": 3}
+    LinearFormat.from_dict(values)
+    with pytest.raises(CheckpointError):
+        LinearFormat.from_dict({**values, **change})
+
+
+def test_bad_ranks_are_refused():
+    for rank in (-1, 300, 1.5, True):
+        with pytest.raises(ConfigError, match="principal_rank"):
+            QuantizationConfig.from_name("w4a4", principal_rank=rank)
