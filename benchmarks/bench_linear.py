@@ -174,12 +174,13 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
         times = measure(contenders, seconds)
         cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
         peak = native.measure_peak() if native.LIBRARY is not None else math.nan
-        # a peer's own threads spin after each call and slow whatever comes next: each gets a round by itself
-        ratios = {}
+        # a peer's own threads spin after each call and slow whatever comes next: each gets a round by itself, as do we
+        ratios, own = {}, f"ours {presets[0]}"
+        ours_alone = measure({own: contenders[own]}, seconds / 2)[own] if has_peers else math.nan
         for name, build in PEERS.items() if has_peers else ():
             try:
                 alone = measure({name: build(linear, x)}, seconds / 2)
-                ratios[name] = alone[name] / times[f"ours {presets[0]}"]
+                ratios[name] = alone[name] / ours_alone
             except ImportError as error:
                 print(f"  {name}: not installed ({error.name})")
             except Exception as error:  # a peer that fails must not end the benchmark, and is named

@@ -143,6 +143,7 @@ LRQ_INLINE void decode_channels(const uint8_t *tile, const uint8_t *before, cons
 
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef __m512i WideTables[16];  // from gather_tables
 
 // high_bits for all four lanes at once.
 template <int BITS> LRQ_INLINE __mmask64 high_mask(const uint8_t *tile, int p, int bit) {
@@ -152,9 +153,112 @@ template <int BITS> LRQ_INLINE __mmask64 high_mask(const uint8_t *tile, int p, i
     return _cvtu64_mask64(load<uint64_t>(behind + 8 * p));
 }
 
-// The same for all four lanes at once: out[p] is position p, 4 channels x 16 inputs. At 8 bits the codes are the weights.
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+// A path by linear maps of bits: bit i of the result is the sum modulo 2 of the source's bits rows[i].
+constexpr int64_t bit_matrix(const uint8_t (&rows)[8]) {
+    uint64_t matrix = 0;
+    for (int i = 0; i < 8; ++i) matrix |= static_cast<uint64_t>(rows[i]) << (8 * (7 - i));
+    return static_cast<int64_t>(matrix);
+}
+
+// What the bytes of one lane, of the lane before and of the one before that give together.
+LRQ_INLINE __m512i map_bits(__m512i x, __m512i y, __m512i z, const uint8_t (&own)[8], const uint8_t (&one_before)[8],
+                            const uint8_t (&two_before)[8]) {
+    const __m512i a = _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(bit_matrix(own)), 0);
+    const __m512i b = _mm512_gf2p8affine_epi64_epi8(y, _mm512_set1_epi64(bit_matrix(one_before)), 0);
+    const __m512i c = _mm512_gf2p8affine_epi64_epi8(z, _mm512_set1_epi64(bit_matrix(two_before)), 0);
+    return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+
+// The lowest bits of a tile's codes, position p's at bit 4 (p & 1) + p / 2, other bits undefined; or 2 and 3 bits' codes.
+template <int BITS> LRQ_INLINE __m512i gather_lowest(const uint8_t *tile) {
+    const __m512i first = _mm512_loadu_si512(tile);
+    if constexpr (LOW<BITS> != 4) return first;
+    const __m512i second = _mm512_slli_epi16(_mm512_loadu_si512(tile + 64), 1);
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x22), second, first, 0xca);
+}
+
+// A level's place in a table of 64 is a byte's lower six bits. 4 and 5 bits: positions 0 and 1 have their code's lowest bit and
+// the parity at bits 0 and 4 and its next three between them, positions 2 and 3 all of that one bit higher. 2 and 3
+// bits: even positions have the code's second bit, its lowest and the parity at bits 0, 1 and 2, odd ones three bits
+// higher. Third and fifth bits choose between two tables. The bits between are anything.
+struct PathTables {
+    uint8_t from[4][64] = {};  // in all parts of the levels
+};
+
+template <int BITS> constexpr PathTables arrange_path_tables() {
+    PathTables tables;
+    for (int table = 0; table < 4; ++table)
+        for (int i = 0; i < 64; ++i) {
+            const int at = i >> ((LOW<BITS> == 4 ? 1 : 3) * (table & 1)), high = table >> 1;
+            const int code = LOW<BITS> == 4 ? (at & 15) | high << 4 : (at & 1) << 1 | (at >> 1 & 1) | high << 2;
+            const int parity = at >> LOW<BITS> & 1;
+            tables.from[table][i] = static_cast<uint8_t>(BITS == 5 ? parity << 5 | code : parity << 4 | (code & 15));
+        }
+    return tables;
+}
+
+template <int BITS> LRQ_INLINE void gather_path_tables(const Tables &tables, __m512i *out) {
+    static constexpr PathTables places = arrange_path_tables<BITS>();
+    alignas(64) uint8_t levels[4][16];
+    for (int i = 0; i < 4; ++i) store(levels[i], load<u8x16>(tables.parts[i]));
+    for (int table = 0; table < 4; ++table)
+        out[table] = _mm512_permutexvar_epi8(_mm512_loadu_si512(places.from[table]), _mm512_load_si512(levels));
+}
+
+template <int BITS>
+LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __m512i *tables, __m512i *out) {
+    const __m512i x = gather_lowest<BITS>(tile);
+    const __m512i last = before ? gather_lowest<BITS>(before) : _mm512_setzero_si512();
+    const __m512i y = _mm512_alignr_epi64(x, last, 6), z = _mm512_alignr_epi64(x, last, 4);
+    // a level's lowest bit is that of codes n, n - 1 and n - 6, its parity that of codes n - 2 and n - 4
+    if constexpr (LOW<BITS> == 4) {
+        constexpr uint8_t p0 = 1, p1 = 16, p2 = 2, p3 = 32;
+        // lowest bits of positions 0, 2, 1, 3, then the parities
+        constexpr uint8_t own[8] = {p0, p2 | p1, p1 | p0, p3 | p2, 0, p0, 0, p1};
+        constexpr uint8_t one_before[8] = {p3, p0, 0, p1, p2 | p0, p2, p3 | p1, p3};
+        constexpr uint8_t two_before[8] = {p2, 0, p3, 0, 0, 0, 0, 0};
+        const __m512i path = map_bits(x, y, z, own, one_before, two_before), odd = _mm512_srli_epi16(path, 2);
+        const __m512i low = _mm512_loadu_si512(tile), high = _mm512_loadu_si512(tile + 64);
+        const __m512i first = _mm512_set1_epi8(0x11), second = _mm512_set1_epi8(0x22);
+        const auto look = [&](auto p, __m512i bits, __m512i codes) LRQ_LAMBDA {
+            const __m512i index = _mm512_ternarylogic_epi64(p < 2 ? first : second, bits, codes, 0xca);
+            out[p] = _mm512_permutexvar_epi8(index, tables[p >> 1]);
+            if constexpr (BITS == 5)
+                out[p] = _mm512_mask_permutexvar_epi8(out[p], high_mask<BITS>(tile, p, 0), index, tables[2 + (p >> 1)]);
+        };
+        look(std::integral_constant<int, 0>{}, path, low);
+        look(std::integral_constant<int, 1>{}, odd, _mm512_srli_epi16(low, 4));
+        look(std::integral_constant<int, 2>{}, path, _mm512_slli_epi16(high, 1));
+        look(std::integral_constant<int, 3>{}, odd, _mm512_srli_epi16(high, 3));
+    } else {
+        constexpr uint8_t p0 = 1, p1 = 4, p2 = 16, p3 = 64;
+        constexpr uint8_t own[2][8] = {{2 * p0, p0, 0, 2 * p1, p1 | p0, 0, 0, 0},
+                                       {2 * p2, p2 | p1, p0, 2 * p3, p3 | p2, p1, 0, 0}};
+        constexpr uint8_t one_before[2][8] = {{0, p3, p2 | p0, 0, 0, p3 | p1, 0, 0}, {0, p0, p2, 0, p1, p3, 0, 0}};
+        constexpr uint8_t two_before[2][8] = {{0, p2, 0, 0, p3, 0, 0, 0}, {}};
+        unroll<2>([&](auto half) LRQ_LAMBDA {
+            const __m512i index = map_bits(x, y, z, own[half], one_before[half], two_before[half]);
+            unroll<2>([&](auto odd) LRQ_LAMBDA {
+                __m512i level = _mm512_permutexvar_epi8(index, tables[odd]);
+                if constexpr (BITS == 3) {
+                    const __mmask64 third = high_mask<BITS>(tile, 2 * half + odd, 0);
+                    level = _mm512_mask_permutexvar_epi8(level, third, index, tables[2 + odd]);
+                }
+                out[2 * half + odd] = level;
+            });
+        });
+    }
+}
+#endif
+
+// The same for all four lanes at once: out[p] is position p, 4 channels x 16 inputs. At 8 bits the codes are
+// the weights.
 template <int BITS, bool TRELLIS>
-LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, const Tables &tables, __m512i *out) {
+LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, const WideTables &tables, __m512i *out) {
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+    if constexpr (TRELLIS) return decode_path<BITS>(tile, before, tables, out);
+#endif
     constexpr int planes = PLANES<BITS>;
     u8x64 x[planes], parity[planes] = {};
     unroll<planes>([&](auto v) LRQ_LAMBDA { x[v] = load<u8x64>(tile + 64 * v); });
@@ -184,7 +288,7 @@ LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, con
                     is_later[i] = high_mask<BITS>(tile, p, i);
                 }
             });
-            const auto part = [&](int i) LRQ_LAMBDA { return _mm512_load_si512(tables.parts[i] + (TRELLIS ? 0 : 64 * p)); };
+            const auto part = [&](int i) LRQ_LAMBDA { return tables[TRELLIS ? i : 4 * i + p]; };
             __m512i levels = _mm512_shuffle_epi8(part(0), codes);
             if constexpr (choices > 0) levels = _mm512_mask_shuffle_epi8(levels, is_later[0], part(1), codes);
             if constexpr (choices > 1) {
@@ -194,6 +298,16 @@ LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, con
             out[p] = levels;
         }
     });
+}
+
+// Of the four positions, part by part; of a trellis one for all.
+template <int BITS, bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &tables, WideTables &out) {
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+    if constexpr (TRELLIS) return gather_path_tables<BITS>(tables, out);
+#endif
+    for (int i = 0; i < 1 << CHOICES<BITS, TRELLIS>; ++i)
+        for (int p = 0; p < (TRELLIS ? 1 : 4); ++p)
+            out[TRELLIS ? i : 4 * i + p] = _mm512_load_si512(tables.parts[i] + 64 * p);
 }
 #endif
 
@@ -206,11 +320,15 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
     const uint8_t *packed = w.packed + tile * row_bytes;
     Tables tables;
     load_tables(w, tile, IS_BIASED ? 128 : 0, tables);
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+    WideTables wide;
+    gather_tables<BITS, TRELLIS>(tables, wide);
+#endif
     for (int64_t t = from; t < to; ++t) {
         const uint8_t *at = packed + t * tile_bytes, *before = TRELLIS && tile ? at - row_bytes : nullptr;
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
         __m512i v[4];
-        decode_positions<BITS, TRELLIS>(at, before, tables, v);
+        decode_positions<BITS, TRELLIS>(at, before, wide, v);
         // 4 x 4 transpose of 32-bit words inside each lane: then a lane holds 4 inputs of 4 channels
         const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
         const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -251,6 +369,47 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
 #endif
     }
 }
+
+// The levels of one tile of channels as int8, in the order of 8-bit codes: byte 64 p + 16 j + k of an input tile.
+class LevelDecoder {
+  public:
+    LevelDecoder(const lrq_weight &w, int64_t tile) : weight(w), tile(tile) {
+        load_tables(w, tile, 0, tables);
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+        with_coding(w, [&](auto bits, auto is_trellis) { gather_tables<bits, is_trellis>(tables, wide); });
+#endif
+    }
+
+    // input tiles [from, to)
+    void operator()(int64_t from, int64_t to, uint8_t *out) const {
+        with_coding(weight, [&](auto bits, auto is_trellis) {
+            constexpr int64_t tile_bytes = 32 * bits;
+            const int64_t row_bytes = ceil_div(weight.in_features, 16) * tile_bytes;
+            const uint8_t *at = weight.packed + tile * row_bytes + from * tile_bytes;
+            for (; from < to; ++from, at += tile_bytes, out += 256) {
+                const uint8_t *before = is_trellis && tile ? at - row_bytes : nullptr;
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+                __m512i v[4];
+                decode_positions<bits, is_trellis>(at, before, wide, v);
+                for (int p = 0; p < 4; ++p)
+                    store(out + 64 * p, bits == 8 ? _mm512_xor_si512(v[p], _mm512_set1_epi8(-128)) : v[p]);
+#else
+                u8x16 channels[16];
+                decode_channels<bits, is_trellis>(at, before, tables, 0, channels);
+                for (int n = 0; n < 16; ++n) store(out + 64 * (n & 3) + 16 * (n >> 2), channels[n]);
+#endif
+            }
+        });
+    }
+
+  private:
+    const lrq_weight &weight;
+    const int64_t tile;
+    Tables tables;
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+    WideTables wide;
+#endif
+};
 
 }  // namespace LRQ_ISA
 }  // namespace lrq

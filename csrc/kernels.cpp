@@ -1,8 +1,9 @@
 // All kernels of one instruction set, LRQ_ISA; compiled once for each with its own flags.
+#include "few_tokens.h"
 #include "fit.h"
-#include "product.h"
 #include "transform.h"
 #include "trellis.h"
+#include "weight_only.h"
 
 #define LRQ_PASTE_(a, b) a##b
 #define LRQ_PASTE(a, b) LRQ_PASTE_(a, b)

@@ -21,6 +21,7 @@ namespace lrq {
 
 #define LRQ_DECLARE(isa) extern const Kernels isa##_kernels;
 #if defined(__x86_64__)
+LRQ_DECLARE(avx512vbmi)
 LRQ_DECLARE(avx512vnni)
 LRQ_DECLARE(avxvnni)
 LRQ_DECLARE(avx2)
@@ -48,6 +49,12 @@ const char *missing_avx512vnni() {
     return __builtin_cpu_supports("avx512vnni") ? "" : "this CPU has no AVX-512 VNNI";
 }
 
+const char *missing_avx512vbmi() {
+    if (*missing_avx512vnni()) return missing_avx512vnni();
+    const bool has_both = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+    return has_both ? "" : "this CPU has no AVX-512 VBMI with GFNI";
+}
+
 const char *missing_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this CPU has no AVX2 with FMA";
 }
@@ -72,6 +79,7 @@ const char *missing_neon() {
 const Isa *isas(int *count) {
     static const Isa all[] = {
 #if defined(__x86_64__)
+        {&avx512vbmi_kernels, missing_avx512vbmi()},
         {&avx512vnni_kernels, missing_avx512vnni()},
         {&avxvnni_kernels, missing_avxvnni()},
         {&avx2_kernels, missing_avx2()},

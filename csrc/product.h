@@ -1,4 +1,4 @@
-// y = codes x weights, packed weights decoded into a panel that stays in cache while all tokens pass.
+// y = codes x weights, packed weights decoded into a panel that stays in cache while all tokens pass (a few: few_tokens.h).
 //
 // Work is cut into (group of output channels) x (chunk of tokens). A thread decodes a group's panel once and reuses it
 // for the chunks of that group it is handed. Sums are int32 and exact in any order.
@@ -306,72 +306,6 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
     });
 }
 
-#if defined(__AVX512VNNI__) && !defined(LRQ_256)
-constexpr int64_t FEW = 4;
-
-// A few tokens: no panel. A lane keeps 16 inputs of one channel; the four words of a lane are added at the end.
-template <int ROWS, int BITS, bool TRELLIS>
-inline void multiply_few(const lrq_weight &w, int64_t tile, const int8_t *codes, int64_t stride, const int32_t *starts,
-                         int32_t (*sums)[16]) {
-    const int64_t in_tiles = ceil_div(w.in_features, 16);
-    const uint8_t *packed = w.packed + tile * in_tiles * (32 * BITS);
-    const uint8_t *before = TRELLIS && tile ? packed - in_tiles * (32 * BITS) : nullptr;
-    Tables tables;
-    load_tables(w, tile, 128, tables);
-    __m512i acc[ROWS][4];
-    unroll<ROWS>([&](auto m) LRQ_LAMBDA { unroll<4>([&](auto p) LRQ_LAMBDA { acc[m][p] = _mm512_setzero_si512(); }); });
-    for (int64_t t = 0; t < in_tiles; ++t) {
-        __m512i v[4];
-        _mm_prefetch(reinterpret_cast<const char *>(packed + t * (32 * BITS) + 1024), _MM_HINT_T0);
-        const int64_t at = t * (32 * BITS);
-        decode_positions<BITS, TRELLIS>(packed + at, before ? before + at : nullptr, tables, v);
-        unroll<ROWS>([&](auto m) LRQ_LAMBDA {
-            const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + m * stride + 16 * t)));
-            unroll<4>([&](auto p) LRQ_LAMBDA { acc[m][p] = _mm512_dpbusd_epi32(acc[m][p], v[p], q); });
-        });
-    }
-    unroll<ROWS>([&](auto m) LRQ_LAMBDA {
-        const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[m][0], acc[m][1]), _mm512_unpackhi_epi32(acc[m][0], acc[m][1]));
-        const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[m][2], acc[m][3]), _mm512_unpackhi_epi32(acc[m][2], acc[m][3]));
-        const __m512i sum = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-        _mm512_storeu_si512(sums[m], _mm512_add_epi32(sum, _mm512_set1_epi32(starts[m])));
-    });
-}
-
-template <int ROWS>
-inline void multiply_few_rows(const lrq_weight &w, int64_t tile, const int8_t *codes, int64_t stride,
-                              const int32_t *starts, int32_t (*sums)[16]) {
-    with_coding(w, [&](auto bits, auto is_trellis) {
-        multiply_few<ROWS, bits, is_trellis>(w, tile, codes, stride, starts, sums);
-    });
-}
-
-inline void quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
-                                 int out_type, int threads, void *out) {
-    const int64_t width = w.in_features, stride = round_up(width, 16), out_tiles = ceil_div(w.out_features, 16);
-    int8_t *padded = static_cast<int8_t *>(scratch(SLOT_SHARED, FEW * stride));
-    int32_t starts[FEW];
-    for (int64_t m = 0; m < rows; ++m) {
-        __builtin_memset(padded + m * stride + stride - 16, 0, 16);
-        __builtin_memcpy(padded + m * stride, codes + m * width, width);
-        starts[m] = -128 * sum_codes(codes + m * width, width);
-    }
-    const int64_t per_task = ceil_div(out_tiles, 8 * threads);
-    parallel_for(threads, ceil_div(out_tiles, per_task), [&](int64_t task) {
-        for (int64_t tile = task * per_task; tile < least((task + 1) * per_task, out_tiles); ++tile) {
-            alignas(64) int32_t sums[FEW][16];
-            switch (rows) {
-                case 1: multiply_few_rows<1>(w, tile, padded, stride, starts, sums); break;
-                case 2: multiply_few_rows<2>(w, tile, padded, stride, starts, sums); break;
-                case 3: multiply_few_rows<3>(w, tile, padded, stride, starts, sums); break;
-                default: multiply_few_rows<4>(w, tile, padded, stride, starts, sums);
-            }
-            finish_channels(w, sums[0], 16, scale, 0, rows, 16 * tile, out_type, out);
-        }
-    });
-}
-#endif
-
 // Dot products on registers alone; returns the number of operations. What the hardware can do at most.
 inline int64_t repeat_dots(int64_t iterations) {
     Sums acc[TOKENS][VECTORS];
@@ -394,86 +328,6 @@ inline int64_t repeat_dots(int64_t iterations) {
         });
     });
     return iterations * TOKENS * VECTORS * LANES * STEP * 2;
-}
-
-inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale, int out_type,
-                             int threads, void *out) {
-#if defined(__AVX512VNNI__) && !defined(LRQ_256)
-    if (rows <= FEW) return quantized_linear_few(w, rows, codes, scale, out_type, threads, out);
-#endif
-    quantized_linear_panels(w, rows, codes, scale, nullptr, out_type, threads, out);
-}
-
-// quantize_tokens and quantized_linear in one: tokens are rounded next to the product that reads them first.
-inline void linear(const lrq_transform &t, int bits, double clip, const int8_t *lookup, const lrq_weight &w,
-                   int out_type, int threads, int8_t *codes, float *scale, void *out) {
-#if defined(__AVX512VNNI__) && !defined(LRQ_256)
-    if (t.rows <= FEW) {
-        quantize_tokens(t, bits, clip, lookup, threads, codes, scale);
-        return quantized_linear_few(w, t.rows, codes, scale, out_type, threads, out);
-    }
-#endif
-    const Rounder rounder(t, bits, clip, lookup, codes, scale);
-    quantized_linear_panels(w, t.rows, codes, scale, &rounder, out_type, threads, out);
-}
-
-// The weight-only product: float32 tokens, the weights of 16 channels decoded to float32, inputs in their order.
-constexpr int FLOAT_TOKENS = WIDTH == 16 ? 8 : 4, REGISTERS = 16 / WIDTH;
-
-template <int ROWS>
-inline void multiply_floats(const float *panel, int64_t width, const float *x, int64_t stride, float *sums) {
-    Floats acc[ROWS][REGISTERS] = {};
-    for (int64_t k = 0; k < width; ++k)
-        unroll<ROWS>([&](auto m) LRQ_LAMBDA {
-            const Floats v = splat(x[m * stride + k]);
-            unroll<REGISTERS>([&](auto r) LRQ_LAMBDA {
-                acc[m][r] = fma(v, load<Floats>(panel + 16 * k + r * WIDTH), acc[m][r]);
-            });
-        });
-    unroll<ROWS>([&](auto m) LRQ_LAMBDA {
-        unroll<REGISTERS>([&](auto r) LRQ_LAMBDA { store(sums + 16 * m + r * WIDTH, acc[m][r]); });
-    });
-}
-
-inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x, int out_type, int threads,
-                               void *out) {
-    const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
-    parallel_for(threads, out_tiles, [&](int64_t tile) {
-        const uint8_t *packed = w.packed + tile * in_tiles * 32 * w.bits;
-        Tables tables;
-        load_tables(w, tile, 0, tables);
-        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + sizeof(float) * 256 * in_tiles));
-        __builtin_memset(memory, 0, sizeof(PanelKey));  // no panel of quantized_linear any more
-        float *panel = reinterpret_cast<float *>(memory + 64);
-        with_coding(w, [&](auto bits, auto is_trellis) {
-            for (int64_t t = 0; t < in_tiles; ++t) {
-                const uint8_t *at = packed + t * 32 * bits;
-                const uint8_t *before = is_trellis && tile ? at - in_tiles * 32 * bits : nullptr;
-                u8x16 channels[16];
-                decode_channels<bits, is_trellis>(at, before, tables, 0, channels);
-                for (int n = 0; n < 16; ++n) {
-                    const i8x16 levels = (i8x16)channels[n];
-                    for (int k = 0; k < 16; ++k) panel[256 * t + 16 * k + n] = levels[k];
-                }
-            }
-        });
-        for (int64_t m = 0; m < rows; m += FLOAT_TOKENS) {
-            alignas(64) float sums[16 * FLOAT_TOKENS];
-            const int64_t block = least(FLOAT_TOKENS, rows - m);
-            const float *tokens = x + m * width;
-            switch (block) {
-                case 1: multiply_floats<1>(panel, width, tokens, width, sums); break;
-                case 2: multiply_floats<2>(panel, width, tokens, width, sums); break;
-                case 3: multiply_floats<3>(panel, width, tokens, width, sums); break;
-                case FLOAT_TOKENS: multiply_floats<FLOAT_TOKENS>(panel, width, tokens, width, sums); break;
-                default:  // 4 to 7 of 8
-                    multiply_floats<4>(panel, width, tokens, width, sums);
-                    for (int64_t i = 4; i < block; ++i)
-                        multiply_floats<1>(panel, width, tokens + i * width, width, sums + 16 * i);
-            }
-            finish_channels(w, sums, 16, nullptr, m, block, 16 * tile, out_type, out);
-        }
-    });
 }
 
 }  // namespace LRQ_ISA

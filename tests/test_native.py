@@ -204,7 +204,8 @@ def test_a_token_that_is_not_finite_stays_so_and_alone(kind, value):
 @pytest.mark.parametrize("kind", ["none", *list(rotation.ROTATIONS)])
 @pytest.mark.parametrize("bits", PACKED_BITS)
 def test_weight_only_linear(kind, bits):
-    weight, arguments = random_weight(37, 48, bits, bits == 3), transform_arguments(kind, 48)
+    weight = random_weight(37, 48, bits, bits == 3, is_trellis=bits in (2, 4))
+    arguments = transform_arguments(kind, 48)
     for tokens, dtype in itertools.product((0, 1, 9, 33), DTYPES):
         x = random(tokens, 48).to(dtype)
         dense = ops.decode_weight(weight[0], weight[1], 48, 37, bits).double() * weight[2].double()[:, None]
@@ -501,6 +502,39 @@ def test_shared_inputs_are_quantized_once(monkeypatch):
         for layer, expected in zip(layers, alone, strict=True):
             assert torch.equal(layer(x).view(-1, 20), expected)
     assert calls.count("lrq_linear") == 2 and calls.count("lrq_quantized_linear") == 4 and len(calls) == 6
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 65])
+def test_a_layer_takes_one_call(tokens, monkeypatch):
+    calls, call = [], native.call_plain
+    monkeypatch.setattr(native, "call_plain", lambda name, *arguments: calls.append(name) or call(name, *arguments))
+    layer, x = filled_layer(), random(tokens, 24)
+    for isa in ISAS:
+        native.use(isa)
+        calls.clear()
+        y = layer(x)
+        assert calls == ["lrq_linear"]
+        assert torch.equal(y, by_operators(layer, x))
+    other = filled_layer()
+    other.share_input(layer)
+    calls.clear()
+    layer(x), other(x)
+    assert calls == ["lrq_linear", "lrq_quantized_linear"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_token_alone_is_the_token_among_others(bits):
+    """Whatever the number of tokens, the same sums in the same order; a weight-only layer, too."""
+    weight = random_weight(70, 600, bits, False, is_trellis=bits < 8)
+    x, codes, scale = random(77, 600), random_codes(77, 600), random(77).abs()
+    for isa in ISAS:
+        native.use(isa)
+        y = ops.weight_only_linear(x, *NO_TRANSFORM, *weight, torch.float32)
+        z = ops.quantized_linear(codes, scale, *weight, torch.float32)
+        for tokens in (1, 2, 3, 4, 5, 7, 8, 65):
+            few = ops.weight_only_linear(x[:tokens], *NO_TRANSFORM, *weight, torch.float32)
+            assert torch.equal(few, y[:tokens]), (isa, tokens)
+            assert torch.equal(ops.quantized_linear(codes[:tokens], scale[:tokens], *weight, torch.float32), z[:tokens])
 
 
 def by_operators(layer, x):

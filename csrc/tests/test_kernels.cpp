@@ -1023,6 +1023,15 @@ void test_bad_arguments() {
     for (const double clip : {0.0, -1.0, 1e-9, static_cast<double>(NAN)})
         refuse("clip", out, [&] { return lrq_quantize_tokens(&t.c, 8, clip, nullptr, 1, codes_out, scale.data()); });
     refuse("no steps", out, [&] { return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, 1, codes_out, nullptr); });
+    const auto both = [&](const Transform &from, int bits, double clip, const Weight &w, int type, float *to) {
+        return lrq_linear(&from.c, bits, clip, nullptr, &w.c, type, 1, codes_out, scale.data(), to);
+    };
+    const Transform wide(LRQ_NONE, 5, 48, {}, LRQ_FLOAT32, true, 1);
+    refuse("another width", out, [&] { return both(wide, 8, 1.0, good, LRQ_FLOAT32, out.data()); });
+    refuse("bits", out, [&] { return both(t, 9, 1.0, good, LRQ_FLOAT32, out.data()); });
+    refuse("clip", out, [&] { return both(t, 8, 0.0, good, LRQ_FLOAT32, out.data()); });
+    refuse("type", out, [&] { return both(t, 8, 1.0, good, 3, out.data()); });
+    refuse("no output", out, [&] { return both(t, 8, 1.0, good, LRQ_FLOAT32, nullptr); });
 
     const auto refuse_linear = [&](const char *what, const lrq_transform *transform, const lrq_weight *weight, int bits,
                                    float *steps, int threads) {
