@@ -221,16 +221,16 @@ LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __
         const __m512i path = map_bits(x, y, z, own, one_before, two_before), odd = _mm512_srli_epi16(path, 2);
         const __m512i low = _mm512_loadu_si512(tile), high = _mm512_loadu_si512(tile + 64);
         const __m512i first = _mm512_set1_epi8(0x11), second = _mm512_set1_epi8(0x22);
-        const auto look = [&](auto p, __m512i bits, __m512i codes) LRQ_LAMBDA {
-            const __m512i index = _mm512_ternarylogic_epi64(p < 2 ? first : second, bits, codes, 0xca);
-            out[p] = _mm512_permutexvar_epi8(index, tables[p >> 1]);
-            if constexpr (BITS == 5)
-                out[p] = _mm512_mask_permutexvar_epi8(out[p], high_mask<BITS>(tile, p, 0), index, tables[2 + (p >> 1)]);
+        const auto look = [&](auto p, __m512i mask, __m512i bits, __m512i codes) LRQ_LAMBDA {
+            const __m512i index = _mm512_ternarylogic_epi64(mask, bits, codes, 0xca);
+            const __m512i level = _mm512_permutexvar_epi8(index, tables[p >> 1]);
+            if constexpr (BITS == 4) return level;
+            return _mm512_mask_permutexvar_epi8(level, high_mask<BITS>(tile, p, 0), index, tables[2 + (p >> 1)]);
         };
-        look(std::integral_constant<int, 0>{}, path, low);
-        look(std::integral_constant<int, 1>{}, odd, _mm512_srli_epi16(low, 4));
-        look(std::integral_constant<int, 2>{}, path, _mm512_slli_epi16(high, 1));
-        look(std::integral_constant<int, 3>{}, odd, _mm512_srli_epi16(high, 3));
+        out[0] = look(std::integral_constant<int, 0>{}, first, path, low);
+        out[1] = look(std::integral_constant<int, 1>{}, first, odd, _mm512_srli_epi16(low, 4));
+        out[2] = look(std::integral_constant<int, 2>{}, second, path, _mm512_slli_epi16(high, 1));
+        out[3] = look(std::integral_constant<int, 3>{}, second, odd, _mm512_srli_epi16(high, 3));
     } else {
         constexpr uint8_t p0 = 1, p1 = 4, p2 = 16, p3 = 64;
         constexpr uint8_t own[2][8] = {{2 * p0, p0, 0, 2 * p1, p1 | p0, 0, 0, 0},
