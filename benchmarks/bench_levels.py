@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import lrqdit.codebook
+from lrqdit import trellis
 from lrqdit.codebook import fit, relative_error
-from lrqdit.trellis import expand
 
 IN_FEATURES = 1152
-BITS = (4, 3, 2)
+BITS = (6, 5, 4, 3, 2)
 SCALES = (1e-6, 1e-4, 1e-2, 0.03, 1.0, 1e3)
 COLUMNS = {
     "twin_log": ("twin_log", "layer"),
@@ -37,11 +37,12 @@ DEMO_WEIGHTS = 4_000_000
 
 
 def measure(weights: list[Tensor], bits: int, kind: str, scope: str) -> float:
-    """Return the mean of the weights' relative errors; scope "trellis" doubles the levels of the layer's table."""
-    errors = []
+    """Return the mean of the weights' relative errors; scope "trellis" doubles the levels of the layer's table,
+    up to 5 bits."""
+    errors, is_trellis = [], scope == "trellis" and bits in trellis.BITS
     for weight in weights:
         levels = fit(weight, bits, kind, scope="layer" if scope == "trellis" else scope)
-        errors.append(relative_error(weight, expand(levels, weight) if scope == "trellis" else levels))
+        errors.append(relative_error(weight, trellis.expand(levels, weight) if is_trellis else levels))
     return sum(errors) / len(errors)
 
 

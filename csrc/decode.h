@@ -28,26 +28,32 @@ LRQ_INLINE i8x64 look_up(u8x16 table, i8x64 index) {
 }
 #endif
 
-// The tables of one output tile as 16 bytes a channel, [channel][code]; of a trellis the even levels, then the odd ones.
-// `flip` is added to every level (0 or 128, modulo 256).
+// A code's bits in the planes of 64 bytes that a tile begins with; the others lie behind these.
+template <int BITS> constexpr int LOW = BITS == 3 ? 2 : BITS == 5 || BITS == 6 ? 4 : BITS;
+template <int BITS> constexpr int PLANES = LOW<BITS> / 2;
+// A channel's table has 2^CHOICES parts of 16 levels; beside the bits above 4, a trellis chooses between even and odd levels.
+template <int BITS, bool TRELLIS> constexpr int CHOICES = (BITS < 8 && BITS > 4 ? BITS - 4 : 0) + TRELLIS;
+
+// The tables of one output tile, at parts[part][64 p + 16 j + level]; of a trellis the parts of the even levels, then those
+// of the odd ones. `flip` is added to every level (0 or 128, modulo 256). Nothing at 8 bits.
 struct Tables {
-    alignas(64) uint8_t bytes[16][16];
+    alignas(64) uint8_t parts[4][256];
 };
 
 inline void load_tables(const lrq_weight &w, int64_t tile, uint8_t flip, Tables &out) {
-    const int64_t levels = int64_t{1} << w.bits, step = w.is_trellis ? 2 : 1;
+    if (!w.table) return;
+    const int64_t levels = int64_t{1} << w.bits, parts = ceil_div(levels, 16), step = w.is_trellis ? 2 : 1;
     for (int64_t n = 0; n < 16; ++n) {
-        if (n > 1 && w.table_rows < 2) {  // the same for all channels, or for every other one
-            __builtin_memcpy(out.bytes[n], out.bytes[n & 1], 16);
-            continue;
+        const int64_t at = 64 * (n & 3) + 16 * (n >> 2);
+        const int8_t *table = w.table + (w.table_rows > 1 ? least(16 * tile + n, w.table_rows - 1) * levels : 0);
+        for (int64_t i = 0; i < step * parts; ++i) {
+            uint8_t *part = out.parts[i];
+            if (n && w.table_rows == 1)
+                store(part + at, load<u8x16>(part));
+            else
+                for (int64_t c = 0; c < 16; ++c)
+                    part[at + c] = static_cast<uint8_t>(table[((16 * i + c) & (levels - 1)) * step + i / parts]) ^ flip;
         }
-        const int8_t *table = w.table;
-        if (w.is_trellis)
-            table += n & 1;
-        else if (w.table_rows > 1)
-            table += least(16 * tile + n, w.table_rows - 1) * levels;
-        for (int64_t c = 0; c < 16; ++c)
-            out.bytes[n][c] = w.table ? static_cast<uint8_t>(table[(c & (levels - 1)) * step]) ^ flip : 0;
     }
 }
 
@@ -59,18 +65,17 @@ template <class Body> LRQ_INLINE void with_coding(const lrq_weight &w, Body &&bo
         case 2: return w.is_trellis ? body(std::integral_constant<int, 2>{}, Yes{}) : body(std::integral_constant<int, 2>{}, No{});
         case 3: return w.is_trellis ? body(std::integral_constant<int, 3>{}, Yes{}) : body(std::integral_constant<int, 3>{}, No{});
         case 4: return w.is_trellis ? body(std::integral_constant<int, 4>{}, Yes{}) : body(std::integral_constant<int, 4>{}, No{});
+        case 5: return w.is_trellis ? body(std::integral_constant<int, 5>{}, Yes{}) : body(std::integral_constant<int, 5>{}, No{});
+        case 6: return body(std::integral_constant<int, 6>{}, No{});
         default: return body(std::integral_constant<int, 8>{}, No{});
     }
 }
-
-// A tile is BITS / 2 planes of 64 bytes, a lane of 16 bytes for each j (3 bits: one, and the third bits behind it).
-template <int BITS> constexpr int PLANES = BITS == 3 ? 1 : BITS / 2;
 
 // What a trellis makes of the planes x of some lanes, given those of one lane and of two lanes before, y and z: the codes'
 // lowest bits are replaced by those of the level's place, and the lowest bits of `parity`, at the codes' places, tell odd
 // from even levels. A channel's lowest bit lies at bit 4 (p & 1) of plane p / 2, or at bit 2 p of the only plane.
 template <int BITS, class V> LRQ_INLINE void follow_path(V *x, const V *y, const V *z, V *parity) {
-    if constexpr (BITS == 4) {
+    if constexpr (LOW<BITS> == 4) {
         parity[0] = y[0] ^ y[1], parity[1] = x[0] ^ y[1];
         const V first = (x[0] << 4 | y[1] >> 4) ^ z[1], second = (x[1] << 4 | x[0] >> 4) ^ y[0];
         x[0] ^= first & 0x11, x[1] ^= second & 0x11;
@@ -80,15 +85,27 @@ template <int BITS, class V> LRQ_INLINE void follow_path(V *x, const V *y, const
     }
 }
 
-// The codes of position p from a tile's planes, without the third bit.
+// The codes of position p from a tile's planes, without the bits behind them.
 template <int BITS, class V> LRQ_INLINE V unpack(const V *planes, int p) {
     if constexpr (BITS == 8)
         return planes[p];
-    else if constexpr (BITS == 4)
+    else if constexpr (LOW<BITS> == 4)
         return p & 1 ? planes[p >> 1] >> 4 : planes[p >> 1] & 15;
     else
         return planes[0] >> (2 * p) & 3;
 }
+
+// Bit `bit` of those behind the planes, for lane j of position p, as masks.
+template <int BITS> LRQ_INLINE u8x16 high_bits(const uint8_t *tile, int j, int p, int bit) {
+    const uint8_t *behind = tile + 64 * PLANES<BITS>;
+    if constexpr (BITS == 6) return (u8x16)((load<u8x16>(behind + 16 * j) >> (2 * p + bit) & 1) != 0);
+    const u8x16 bits = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8_t l = behind[8 * p + 2 * j], h = behind[8 * p + 2 * j + 1];
+    const u8x16 spread = {l, l, l, l, l, l, l, l, h, h, h, h, h, h, h, h};
+    return (u8x16)((spread & bits) == bits);
+}
+
+LRQ_INLINE u8x16 select(u8x16 mask, u8x16 a, u8x16 b) { return (a & mask) | (b & ~mask); }
 
 // A tile's weights by channel, as bytes. before: the tile of the 16 channels before, or nullptr; used by a trellis alone.
 template <int BITS, bool TRELLIS>
@@ -108,27 +125,33 @@ LRQ_INLINE void decode_channels(const uint8_t *tile, const uint8_t *before, cons
                 out[4 * j + p] = codes ^ static_cast<uint8_t>(flip ^ 0x80);
                 continue;
             }
-            if constexpr (BITS == 3) {
-                uint16_t third;
-                __builtin_memcpy(&third, tile + 64 + 8 * p + 2 * j, 2);
-                const u8x16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-                const uint8_t l = third & 255, h = third >> 8;
-                const u8x16 spread = {l, l, l, l, l, l, l, l, h, h, h, h, h, h, h, h};
-                codes |= (u8x16)((spread & bit) == bit) & 4;
-            }
-            if constexpr (TRELLIS) {
-                const u8x16 is_odd = -(unpack<BITS>(parity, p) & 1);
-                const u8x16 even = look_up(load<u8x16>(tables.bytes[0]), codes);
-                out[4 * j + p] = (even & ~is_odd) | (look_up(load<u8x16>(tables.bytes[1]), codes) & is_odd);
-            } else {
-                out[4 * j + p] = look_up(load<u8x16>(tables.bytes[4 * j + p]), codes);
-            }
+            if constexpr (BITS == 3) codes |= high_bits<BITS>(tile, j, p, 0) & 4;
+            constexpr int choices = CHOICES<BITS, TRELLIS>;
+            u8x16 is_later[2];
+            for (int i = 0; i < choices; ++i)
+                is_later[i] = TRELLIS && i == choices - 1 ? -(unpack<BITS>(parity, p) & 1) : high_bits<BITS>(tile, j, p, i);
+            u8x16 levels[4];
+            for (int i = 0; i < 1 << choices; ++i)
+                levels[i] = look_up(load<u8x16>(tables.parts[i] + 64 * p + 16 * j), codes);
+            for (int i = choices; i-- > 0;)
+                for (int part = 0; part < 1 << i; ++part)
+                    levels[part] = select(is_later[i], levels[part + (1 << i)], levels[part]);
+            out[4 * j + p] = levels[0];
         }
     }
 }
 
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef __m512i WideTables[16];  // from gather_tables
+
+// high_bits for all four lanes at once.
+template <int BITS> LRQ_INLINE __mmask64 high_mask(const uint8_t *tile, int p, int bit) {
+    const uint8_t *behind = tile + 64 * PLANES<BITS>;
+    if constexpr (BITS == 6)
+        return _mm512_test_epi8_mask(_mm512_loadu_si512(behind), _mm512_set1_epi8(static_cast<char>(1 << (2 * p + bit))));
+    return _cvtu64_mask64(load<uint64_t>(behind + 8 * p));
+}
 
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
 // A path by linear maps of bits: bit i of the result is the sum modulo 2 of the source's bits rows[i].
@@ -150,34 +173,37 @@ LRQ_INLINE __m512i map_bits(__m512i x, __m512i y, __m512i z, const uint8_t (&own
 // The lowest bits of a tile's codes, position p's at bit 4 (p & 1) + p / 2, other bits undefined; or 2 and 3 bits' codes.
 template <int BITS> LRQ_INLINE __m512i gather_lowest(const uint8_t *tile) {
     const __m512i first = _mm512_loadu_si512(tile);
-    if constexpr (BITS != 4) return first;
+    if constexpr (LOW<BITS> != 4) return first;
     const __m512i second = _mm512_slli_epi16(_mm512_loadu_si512(tile + 64), 1);
     return _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x22), second, first, 0xca);
 }
 
-// A level's place in the table of 64 is a byte's lower six bits. 4 bits: positions 0 and 1 have their code's lowest bit and
-// the parity at bits 0 and 4 and the code's others between them, positions 2 and 3 all of that one bit higher. 2 and 3
+// A level's place in a table of 64 is a byte's lower six bits. 4 and 5 bits: positions 0 and 1 have their code's lowest bit and
+// the parity at bits 0 and 4 and its next three between them, positions 2 and 3 all of that one bit higher. 2 and 3
 // bits: even positions have the code's second bit, its lowest and the parity at bits 0, 1 and 2, odd ones three bits
-// higher; third bits choose between two tables. The bits between are anything.
+// higher. Third and fifth bits choose between two tables. The bits between are anything.
 struct PathTables {
-    uint8_t from[4][64] = {};  // 16 parity + code
+    uint8_t from[4][64] = {};  // in all parts of the levels
 };
 
 template <int BITS> constexpr PathTables arrange_path_tables() {
     PathTables tables;
     for (int table = 0; table < 4; ++table)
         for (int i = 0; i < 64; ++i) {
-            const int at = i >> ((BITS == 4 ? 1 : 3) * (table & 1)), code = (at & 1) << 1 | (at >> 1 & 1) | (table >> 1) << 2;
-            tables.from[table][i] = static_cast<uint8_t>(BITS == 4 ? at & 31 : (at >> 2 & 1) << 4 | code);
+            const int at = i >> ((LOW<BITS> == 4 ? 1 : 3) * (table & 1)), high = table >> 1;
+            const int code = LOW<BITS> == 4 ? (at & 15) | high << 4 : (at & 1) << 1 | (at >> 1 & 1) | high << 2;
+            const int parity = at >> LOW<BITS> & 1;
+            tables.from[table][i] = static_cast<uint8_t>(BITS == 5 ? parity << 5 | code : parity << 4 | (code & 15));
         }
     return tables;
 }
 
 template <int BITS> LRQ_INLINE void gather_path_tables(const Tables &tables, __m512i *out) {
     static constexpr PathTables places = arrange_path_tables<BITS>();
-    const __m512i levels = _mm512_load_si512(tables.bytes);
+    alignas(64) uint8_t levels[4][16];
+    for (int i = 0; i < 4; ++i) store(levels[i], load<u8x16>(tables.parts[i]));
     for (int table = 0; table < 4; ++table)
-        out[table] = _mm512_permutexvar_epi8(_mm512_loadu_si512(places.from[table]), levels);
+        out[table] = _mm512_permutexvar_epi8(_mm512_loadu_si512(places.from[table]), _mm512_load_si512(levels));
 }
 
 template <int BITS>
@@ -186,7 +212,7 @@ LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __
     const __m512i last = before ? gather_lowest<BITS>(before) : _mm512_setzero_si512();
     const __m512i y = _mm512_alignr_epi64(x, last, 6), z = _mm512_alignr_epi64(x, last, 4);
     // a level's lowest bit is that of codes n, n - 1 and n - 6, its parity that of codes n - 2 and n - 4
-    if constexpr (BITS == 4) {
+    if constexpr (LOW<BITS> == 4) {
         constexpr uint8_t p0 = 1, p1 = 16, p2 = 2, p3 = 32;
         // lowest bits of positions 0, 2, 1, 3, then the parities
         constexpr uint8_t own[8] = {p0, p2 | p1, p1 | p0, p3 | p2, 0, p0, 0, p1};
@@ -195,13 +221,16 @@ LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __
         const __m512i path = map_bits(x, y, z, own, one_before, two_before), odd = _mm512_srli_epi16(path, 2);
         const __m512i low = _mm512_loadu_si512(tile), high = _mm512_loadu_si512(tile + 64);
         const __m512i first = _mm512_set1_epi8(0x11), second = _mm512_set1_epi8(0x22);
-        const auto look = [&](__m512i mask, __m512i bits, __m512i codes, __m512i table) LRQ_LAMBDA {
-            return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi64(mask, bits, codes, 0xca), table);
+        const auto look = [&](auto p, __m512i mask, __m512i bits, __m512i codes) LRQ_LAMBDA {
+            const __m512i index = _mm512_ternarylogic_epi64(mask, bits, codes, 0xca);
+            const __m512i level = _mm512_permutexvar_epi8(index, tables[p >> 1]);
+            if constexpr (BITS == 4) return level;
+            return _mm512_mask_permutexvar_epi8(level, high_mask<BITS>(tile, p, 0), index, tables[2 + (p >> 1)]);
         };
-        out[0] = look(first, path, low, tables[0]);
-        out[1] = look(first, odd, _mm512_srli_epi16(low, 4), tables[0]);
-        out[2] = look(second, path, _mm512_slli_epi16(high, 1), tables[1]);
-        out[3] = look(second, odd, _mm512_srli_epi16(high, 3), tables[1]);
+        out[0] = look(std::integral_constant<int, 0>{}, first, path, low);
+        out[1] = look(std::integral_constant<int, 1>{}, first, odd, _mm512_srli_epi16(low, 4));
+        out[2] = look(std::integral_constant<int, 2>{}, second, path, _mm512_slli_epi16(high, 1));
+        out[3] = look(std::integral_constant<int, 3>{}, second, odd, _mm512_srli_epi16(high, 3));
     } else {
         constexpr uint8_t p0 = 1, p1 = 4, p2 = 16, p3 = 64;
         constexpr uint8_t own[2][8] = {{2 * p0, p0, 0, 2 * p1, p1 | p0, 0, 0, 0},
@@ -213,9 +242,8 @@ LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __
             unroll<2>([&](auto odd) LRQ_LAMBDA {
                 __m512i level = _mm512_permutexvar_epi8(index, tables[odd]);
                 if constexpr (BITS == 3) {
-                    uint64_t third;
-                    __builtin_memcpy(&third, tile + 64 + 8 * (2 * half + odd), 8);
-                    level = _mm512_mask_permutexvar_epi8(level, _cvtu64_mask64(third), index, tables[2 + odd]);
+                    const __mmask64 third = high_mask<BITS>(tile, 2 * half + odd, 0);
+                    level = _mm512_mask_permutexvar_epi8(level, third, index, tables[2 + odd]);
                 }
                 out[2 * half + odd] = level;
             });
@@ -224,10 +252,10 @@ LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __
 }
 #endif
 
-// The same for all four lanes at once: out[p] is position p, 4 channels x 16 inputs. tables: from gather_tables. At 8
-// bits the codes are the weights.
+// The same for all four lanes at once: out[p] is position p, 4 channels x 16 inputs. At 8 bits the codes are
+// the weights.
 template <int BITS, bool TRELLIS>
-LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, const __m512i *tables, __m512i *out) {
+LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, const WideTables &tables, __m512i *out) {
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
     if constexpr (TRELLIS) return decode_path<BITS>(tile, before, tables, out);
 #endif
@@ -245,37 +273,41 @@ LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, con
     }
     unroll<4>([&](auto p) LRQ_LAMBDA {
         __m512i codes = (__m512i)unpack<BITS>(x, p);
-        if constexpr (BITS == 3) {
-            uint64_t third;
-            __builtin_memcpy(&third, tile + 64 + 8 * p, 8);
-            codes = _mm512_mask_add_epi8(codes, _cvtu64_mask64(third), codes, _mm512_set1_epi8(4));
-        }
         if constexpr (BITS == 8) {
             out[p] = codes;
-        } else if constexpr (TRELLIS) {
-            constexpr int plane = BITS == 4 ? p >> 1 : 0, place = BITS == 4 ? 4 * (p & 1) : 2 * p;
-            const __mmask64 is_odd = _mm512_test_epi8_mask((__m512i)parity[plane], _mm512_set1_epi8(1 << place));
-            out[p] = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(tables[0], codes), is_odd, tables[1], codes);
         } else {
-            out[p] = _mm512_shuffle_epi8(tables[p], codes);
+            if constexpr (BITS == 3)
+                codes = _mm512_mask_add_epi8(codes, high_mask<BITS>(tile, p, 0), codes, _mm512_set1_epi8(4));
+            constexpr int choices = CHOICES<BITS, TRELLIS>;
+            __mmask64 is_later[2];
+            unroll<choices>([&](auto i) LRQ_LAMBDA {
+                if constexpr (TRELLIS && i == choices - 1) {
+                    constexpr int plane = p * LOW<BITS> / 8, place = p * LOW<BITS> % 8;
+                    is_later[i] = _mm512_test_epi8_mask((__m512i)parity[plane], _mm512_set1_epi8(1 << place));
+                } else {
+                    is_later[i] = high_mask<BITS>(tile, p, i);
+                }
+            });
+            const auto part = [&](int i) LRQ_LAMBDA { return tables[TRELLIS ? i : 4 * i + p]; };
+            __m512i levels = _mm512_shuffle_epi8(part(0), codes);
+            if constexpr (choices > 0) levels = _mm512_mask_shuffle_epi8(levels, is_later[0], part(1), codes);
+            if constexpr (choices > 1) {
+                levels = _mm512_mask_shuffle_epi8(levels, is_later[1], part(2), codes);
+                levels = _mm512_mask_shuffle_epi8(levels, _kand_mask64(is_later[0], is_later[1]), part(3), codes);
+            }
+            out[p] = levels;
         }
     });
 }
 
-// Of the four positions; of a trellis the even and the odd levels.
-template <int BITS, bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &tables, __m512i *out) {
+// Of the four positions, part by part; of a trellis one for all.
+template <int BITS, bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &tables, WideTables &out) {
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
     if constexpr (TRELLIS) return gather_path_tables<BITS>(tables, out);
 #endif
-    for (int p = 0; p < 4; ++p) {
-        __m512i v = {};
-        for (int j = 0; j < 4; ++j) {
-            const uint8_t *table = tables.bytes[TRELLIS ? p & 1 : 4 * j + p];
-            const __m512i lanes = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
-            v = _mm512_mask_mov_epi32(v, static_cast<__mmask16>(15 << (4 * j)), lanes);
-        }
-        out[p] = v;
-    }
+    for (int i = 0; i < 1 << CHOICES<BITS, TRELLIS>; ++i)
+        for (int p = 0; p < (TRELLIS ? 1 : 4); ++p)
+            out[TRELLIS ? i : 4 * i + p] = _mm512_load_si512(tables.parts[i] + 64 * p);
 }
 #endif
 
@@ -289,7 +321,7 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
     Tables tables;
     load_tables(w, tile, IS_BIASED ? 128 : 0, tables);
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
-    __m512i wide[4];
+    WideTables wide;
     gather_tables<BITS, TRELLIS>(tables, wide);
 #endif
     for (int64_t t = from; t < to; ++t) {
@@ -375,7 +407,7 @@ class LevelDecoder {
     const int64_t tile;
     Tables tables;
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
-    __m512i wide[4];
+    WideTables wide;
 #endif
 };
 

@@ -16,7 +16,7 @@ LRQ_INLINE void add_products(__m512i &sums, __m512i weights, __m512i tokens) {
 
 // A lane keeps 16 inputs of one channel; its four words are added at the end. Inlined, GCC 12 spills the sums.
 template <int ROWS, int TILES_AT_ONCE, int BITS, bool TRELLIS>
-__attribute__((noinline)) void multiply_few(const lrq_weight &w, int64_t tile, const __m512i (*tables)[4],
+__attribute__((noinline)) void multiply_few(const lrq_weight &w, int64_t tile, const WideTables *tables,
                                             const int8_t *codes, int64_t stride, const int32_t *starts,
                                             int32_t (*sums)[ROWS][16]) {
     constexpr int64_t tile_bytes = 32 * BITS;
@@ -64,7 +64,7 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
     const int64_t per_task = round_up(ceil_div(out_tiles, 8 * threads), group);
     parallel_for(threads, ceil_div(out_tiles, per_task), [&](int64_t task) {
         const int64_t end = least((task + 1) * per_task, out_tiles);
-        __m512i tables[group][4];
+        WideTables tables[group];
         for (int64_t tile = task * per_task, count; tile < end; tile += count) {
             count = end - tile < group ? 1 : group;
             if (tile == task * per_task || w.table_rows > 1)

@@ -190,17 +190,25 @@ LRQ_INLINE f32x16 pick(f32x16 table, i32x16 index) {
 #endif
 }
 
+template <class V> LRQ_INLINE void find_slots(V v, int32_t *slots) {
+    const V low = -SLOTS / 2 - V{}, high = SLOTS / 2 - 1 - V{};
+    v = v * 2;
+    v = v < low ? low : v > high ? high : v;
+    const auto whole = __builtin_convertvector(v, decltype(v > v));
+    store(slots, whole + (__builtin_convertvector(whole, V) > v) + SLOTS / 2);  // a true comparison is -1
+}
+
 // Up to 16 ascending levels.
-struct Levels {
+template <int BITS> struct FewLevels {
     f32x16 values, thresholds;  // threshold i, of i > 0, divides the levels i - 1 and i
 
-    Levels(const int8_t *table, int count) : values{}, thresholds{} {
-        for (int i = 0; i < count; ++i) values[i] = table[i];
-        for (int i = 1; i < count; ++i) thresholds[i] = 0.5f * static_cast<float>(table[i] + table[i - 1]);
+    explicit FewLevels(const int8_t *table) : values{}, thresholds{} {
+        for (int i = 0; i < 1 << BITS; ++i) values[i] = table[i];
+        for (int i = 1; i < 1 << BITS; ++i) thresholds[i] = 0.5f * static_cast<float>(table[i] + table[i - 1]);
     }
 
     // The number of thresholds not above v.
-    template <int BITS> LRQ_INLINE i32x16 find(f32x16 v) const {
+    LRQ_INLINE i32x16 find(f32x16 v) const {
         i32x16 codes = {};
 #if defined(__AVX512F__)
         unroll<BITS>([&](auto i) LRQ_LAMBDA {
@@ -212,14 +220,53 @@ struct Levels {
 #endif
         return codes;
     }
+
+    LRQ_INLINE f32x16 nearest(f32x16 v) const { return pick(values, find(v)); }
 };
 
-// body(bits as a compile-time constant), 2, 3 or 4
+// More of them, found by the value of floor(2 v) + SLOTS / 2. Of 256 levels, -128 is never used.
+template <int BITS> struct ManyLevels {
+    uint8_t codes[SLOTS];
+    float values[SLOTS];
+
+    explicit ManyLevels(const int8_t *table) {
+        int slot = 0;
+        for (int code = 0; code < 1 << BITS; ++code) {
+            const int stop = code + 1 < 1 << BITS ? table[code] + table[code + 1] + SLOTS / 2 : SLOTS;
+            for (; slot < stop; ++slot) {
+                codes[slot] = static_cast<uint8_t>(BITS == 8 && code == 0 ? 1 : code);
+                values[slot] = table[code];
+            }
+        }
+    }
+
+    LRQ_INLINE i32x16 find(f32x16 v) const {
+        int32_t slots[16];
+        find_slots(v, slots);
+        for (int i = 0; i < 16; ++i) slots[i] = codes[slots[i]];
+        return load<i32x16>(slots);
+    }
+
+    LRQ_INLINE f32x16 nearest(f32x16 v) const {
+        int32_t slots[16];
+        float levels[16];
+        find_slots(v, slots);
+        for (int i = 0; i < 16; ++i) levels[i] = values[slots[i]];
+        return load<f32x16>(levels);
+    }
+};
+
+template <int BITS> using Levels = std::conditional_t<BITS <= 4, FewLevels<BITS>, ManyLevels<BITS>>;
+
+// body(bits as a compile-time constant)
 template <class Body> LRQ_INLINE void with_bits(int bits, Body &&body) {
     switch (bits) {
         case 2: return body(std::integral_constant<int, 2>{});
         case 3: return body(std::integral_constant<int, 3>{});
-        default: return body(std::integral_constant<int, 4>{});
+        case 4: return body(std::integral_constant<int, 4>{});
+        case 5: return body(std::integral_constant<int, 5>{});
+        case 6: return body(std::integral_constant<int, 6>{});
+        default: return body(std::integral_constant<int, 8>{});
     }
 }
 
@@ -231,11 +278,12 @@ struct Moments {
 };
 
 // Σ d t^2 and Σ d t w of the nearest levels.
-template <int BITS> Moments measure_codes(const float *row, const lrq_matrix &m, const Levels &levels, float scale) {
+template <int BITS>
+Moments measure_codes(const float *row, const lrq_matrix &m, const Levels<BITS> &levels, float scale) {
     const f32x16 divisor = splat16(scale == 0 ? 1 : scale);
     f64x8 squares[2] = {}, products[2] = {};
     for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto count) LRQ_LAMBDA {
-        const f32x16 nearest = pick(levels.values, levels.find<BITS>(load<f32x16>(values) / divisor));
+        const f32x16 nearest = levels.nearest(load<f32x16>(values) / divisor);
         unroll<2>([&](auto i) LRQ_LAMBDA {
             const f64x8 t = widen(half<i>(nearest));
             f64x8 weighted = t;
@@ -255,12 +303,12 @@ template <int BITS> Moments measure_codes(const float *row, const lrq_matrix &m,
 
 // A table's part in the search for scales.
 struct Ladder {
-    int count;
+    int count, padded;      // midpoints; to whole registers
     double top, base;       // base: the scale of grid entry 1
-    double midpoints[16];
-    f64x2 coefficients[16]; // of mass and moment below a midpoint
+    double midpoints[64];
+    f64x2 coefficients[64]; // of mass and moment below a midpoint
 
-    Ladder(const int8_t *table, int levels) : count(levels - 1), top(table[count]), midpoints{}, coefficients{} {
+    Ladder(const int8_t *table, int levels) : count(levels - 1), padded(levels < 8 ? 8 : levels), top(table[count]), midpoints{}, coefficients{} {
         int peak = 0;
         for (int i = 0; i < levels; ++i) {
             const int size = table[i] < 0 ? -table[i] : table[i];
@@ -274,14 +322,14 @@ struct Ladder {
         }
     }
 
-    // The bin edges nearest to the midpoints at a scale, 16 of them.
+    // The bin edges nearest to the midpoints at a scale, `padded` of them.
     void find_edges(double scale, int32_t *edges) const {
-        unroll<2>([&](auto i) LRQ_LAMBDA {
-            const f64x8 units = load<f64x8>(midpoints + 8 * i) * scale;
+        for (int i = 0; i < padded; i += 8) {
+            const f64x8 units = load<f64x8>(midpoints + i) * scale;
             const f64x8 place = units / (1 + magnitude(units)) * BINS;
             const f64x8 magic = 6755399441055744.0 - (f64x8){};  // 1.5 * 2^52: the sum is rounded half to even
-            store(edges + 8 * i, __builtin_convertvector(place + magic - magic, i32x8) + BINS);
-        });
+            store(edges + i, __builtin_convertvector(place + magic - magic, i32x8) + BINS);
+        }
     }
 
     // below[e]: mass and moment below edge e.
@@ -303,8 +351,8 @@ inline double search_scale(const f64x2 *below, const Ladder &ladder, const doubl
         for (int64_t i = 0; i < count; ++i) {
             const int64_t entry = first + i * step;
             if (is_first && grid[entry] > 8 * largest) break;
-            int32_t found[16];
-            const int32_t *places = edges ? edges + 16 * entry : found;
+            int32_t found[64];
+            const int32_t *places = edges ? edges + ladder.padded * entry : found;
             const double scale = ladder.base * grid[entry];
             if (!edges) ladder.find_edges(scale, found);
             const double error = ladder.measure(below, places).error(scale);
@@ -314,7 +362,8 @@ inline double search_scale(const f64x2 *below, const Ladder &ladder, const doubl
     return ladder.base * grid[best];
 }
 
-template <int BITS> float polish_scale(const float *row, const lrq_matrix &m, const Levels &levels, float scale) {
+template <int BITS>
+float polish_scale(const float *row, const lrq_matrix &m, const Levels<BITS> &levels, float scale) {
     float best = scale;
     double smallest = __builtin_inf();
     for (int i = 0; i <= POLISHES; ++i) {
@@ -326,87 +375,71 @@ template <int BITS> float polish_scale(const float *row, const lrq_matrix &m, co
     return best;
 }
 
-inline void fit_scales(const lrq_matrix &m, const int8_t *table, int64_t table_rows, int bits, const double *grid,
-                       int64_t coarse_count, int threads, float *row_scale) {
-    const int count = 1 << bits;
+template <int BITS>
+void fit_scales_of(const lrq_matrix &m, const int8_t *table, int64_t table_rows, const double *grid,
+                   int64_t coarse_count, int threads, float *row_scale) {
+    constexpr int count = 1 << BITS;
     const Ladder shared(table, count);
-    const Levels shared_levels(table, count);
+    const Levels<BITS> shared_levels(table);
     const int64_t entries = (coarse_count - 1) * COARSE + 2 * MARGIN + 1;
     int32_t *edges = nullptr;
     if (table_rows == 1) {
-        edges = static_cast<int32_t *>(scratch(SLOT_SHARED, sizeof(int32_t) * 16 * entries));
-        for (int64_t i = 0; i < entries; ++i) shared.find_edges(shared.base * grid[i], edges + 16 * i);
+        edges = static_cast<int32_t *>(scratch(SLOT_SHARED, sizeof(int32_t) * shared.padded * entries));
+        for (int64_t i = 0; i < entries; ++i) shared.find_edges(shared.base * grid[i], edges + shared.padded * i);
     }
     parallel_for(threads, m.rows, [&](int64_t i) {
         f64x2 *below = static_cast<f64x2 *>(scratch(SLOT_SUMS, sizeof(f64x2) * (2 * BINS + 4)));
         const float *row = m.weight + i * m.columns;
         const Ladder ladder = edges ? shared : Ladder(table + i * count, count);
-        const Levels levels = edges ? shared_levels : Levels(table + i * count, count);
+        const Levels<BITS> levels = edges ? shared_levels : Levels<BITS>(table + i * count);
         const RowStatistics s = measure_row(row, m.columns);
         clear(below, 2 * BINS + 1);
         count_row(row, m, s.inverse, 1, below + 1);
         accumulate(below + 1);
         const double largest = s.highest > -s.lowest ? s.highest : -s.lowest;
         const double scale = search_scale(below, ladder, grid, coarse_count, largest > 1 ? largest : 1, edges);
-        const float first = static_cast<float>(scale * s.root_mean_square);
-        with_bits(bits, [&](auto b) LRQ_LAMBDA { row_scale[i] = polish_scale<b>(row, m, levels, first); });
+        row_scale[i] = polish_scale<BITS>(row, m, levels, static_cast<float>(scale * s.root_mean_square));
     });
 }
 
-// The code of every value of floor(2 w / row_scale) + SLOTS / 2, from 256 levels; -128 is never used.
-inline void fill_slots(const int8_t *table, uint8_t *codes) {
-    int start = 0;
-    for (int code = 0; code < 256; ++code) {
-        const int stop = code < 255 ? table[code] + table[code + 1] + SLOTS / 2 : SLOTS;
-        for (; start < stop; ++start) codes[start] = static_cast<uint8_t>(code ? code : 1);
-    }
-}
-
-template <class V> LRQ_INLINE void find_slots(V v, int32_t *slots) {
-    const V low = -SLOTS / 2 - V{}, high = SLOTS / 2 - 1 - V{};
-    v = v * 2;
-    v = v < low ? low : v > high ? high : v;
-    const auto whole = __builtin_convertvector(v, decltype(v > v));
-    store(slots, whole + (__builtin_convertvector(whole, V) > v) + SLOTS / 2);  // a true comparison is -1
+inline void fit_scales(const lrq_matrix &m, const int8_t *table, int64_t table_rows, int bits, const double *grid,
+                       int64_t coarse_count, int threads, float *row_scale) {
+    with_bits(bits, [&](auto b) LRQ_LAMBDA {
+        if constexpr (b < 8) fit_scales_of<b>(m, table, table_rows, grid, coarse_count, threads, row_scale);
+    });
 }
 
 inline void encode(const lrq_matrix &m, const int8_t *table, int64_t table_rows, int bits, const float *row_scale,
                    int threads, uint8_t *codes) {
     const int64_t rows_per_task = ceil_div(1 << 14, m.columns);
-    const int count = 1 << bits;
     parallel_for(threads, ceil_div(m.rows, rows_per_task), [&](int64_t task) {
-        uint8_t code_of_slot[SLOTS];
-        Levels levels(table, bits < 8 ? count : 0);
-        if (bits == 8) fill_slots(table, code_of_slot);
-        for (int64_t i = task * rows_per_task; i < least((task + 1) * rows_per_task, m.rows); ++i) {
-            if (table_rows > 1 && bits < 8) levels = Levels(table + i * count, count);
-            if (table_rows > 1 && bits == 8) fill_slots(table + i * count, code_of_slot);
-            const f32x16 divisor = splat16(row_scale[i] == 0 ? 1 : row_scale[i]);
-            uint8_t *out = codes + i * m.columns;
-            const float *row = m.weight + i * m.columns;
-            if (bits == 8) {
-                for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto n) LRQ_LAMBDA {
-                    int32_t slots[16];
-                    find_slots(load<f32x16>(values) / divisor, slots);
-                    for (int j = 0; j < n; ++j) out[k + j] = code_of_slot[slots[j]];
-                });
-                continue;
-            }
-            with_bits(bits, [&](auto b) LRQ_LAMBDA {
-                for_sixteens(row, m.columns, [&](int64_t k, const float *values, auto n) LRQ_LAMBDA {
-                    const i32x16 found = levels.find<b>(load<f32x16>(values) / divisor);
+        with_bits(bits, [&](auto b) LRQ_LAMBDA {
+            Levels<b> levels(table);
+            for (int64_t i = task * rows_per_task; i < least((task + 1) * rows_per_task, m.rows); ++i) {
+                if (table_rows > 1) levels = Levels<b>(table + (i << b));
+                const f32x16 divisor = splat16(row_scale[i] == 0 ? 1 : row_scale[i]);
+                uint8_t *out = codes + i * m.columns;
+                for_sixteens(m.weight + i * m.columns, m.columns, [&](int64_t k, const float *values, auto n) LRQ_LAMBDA {
+                    const i32x16 found = levels.find(load<f32x16>(values) / divisor);
                     const u8x16 bytes = __builtin_convertvector(found, u8x16);
                     __builtin_memcpy(out + k, &bytes, n);
                 });
-            });
-        }
+            }
+        });
     });
 }
 
-// Bit j of the result is bit 2 of byte j.
-LRQ_INLINE uint64_t gather_third_bits(u8x16 codes) {
-    const u64x2 bits = ((u64x2)codes >> 2 & 0x0101010101010101) * 0x0102040810204080 >> 56;
-    return bits[0] | bits[1] << 8;
+// Bit j of the result is bit `bit` of byte j.
+LRQ_INLINE uint16_t gather_bits(u8x16 codes, int bit) {
+    const u64x2 bits = ((u64x2)codes >> bit & 0x0101010101010101) * 0x0102040810204080 >> 56;
+    return static_cast<uint16_t>(bits[0] | bits[1] << 8);
+}
+
+// Bits `bit` and `bit` + 1 of the codes of four channels.
+LRQ_INLINE u8x16 pack_pairs(const u8x16 *lane, int bit) {
+    u8x16 packed = {};
+    unroll<4>([&](auto p) LRQ_LAMBDA { packed |= (lane[p] >> bit & 3) << (2 * p); });
+    return packed;
 }
 
 // used: all codes, or'ed together.
@@ -431,17 +464,17 @@ inline void pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, 
                 const u8x16 *lane = r + 4 * j;
                 if (bits == 8) {
                     unroll<4>([&](auto p) LRQ_LAMBDA { store(out + 64 * p + 16 * j, lane[p]); });
-                } else if (bits == 4) {
-                    store(out + 16 * j, lane[0] | lane[1] << 4);
-                    store(out + 64 + 16 * j, lane[2] | lane[3] << 4);
+                } else if (bits >= 4) {
+                    store(out + 16 * j, (lane[0] & 15) | lane[1] << 4);
+                    store(out + 64 + 16 * j, (lane[2] & 15) | lane[3] << 4);
+                    if (bits == 6) store(out + 128 + 16 * j, pack_pairs(lane, 4));
                 } else {
-                    store(out + 16 * j, (lane[0] & 3) | (lane[1] & 3) << 2 | (lane[2] & 3) << 4 | lane[3] << 6);
-                    if (bits == 3)
-                        unroll<4>([&](auto p) LRQ_LAMBDA {
-                            const uint16_t third = static_cast<uint16_t>(gather_third_bits(lane[p]));
-                            __builtin_memcpy(out + 64 + 8 * p + 2 * j, &third, 2);
-                        });
+                    store(out + 16 * j, pack_pairs(lane, 0));
                 }
+                if (bits & 1)
+                    unroll<4>([&](auto p) LRQ_LAMBDA {
+                        store(out + 32 * (bits - 1) + 8 * p + 2 * j, gather_bits(lane[p], bits - 1));
+                    });
             });
         }
         uint8_t some = 0;

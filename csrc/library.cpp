@@ -170,12 +170,12 @@ void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, int t
     require(rows >= 0 && ((x && out) || rows == 0), "linear: input or output is missing");
     require(threads > 0, "linear: threads must be 1 or more");
     require(out_type >= LRQ_FLOAT32 && out_type <= LRQ_FLOAT16, "linear: unknown out_type");
-    require(w->bits == 2 || w->bits == 3 || w->bits == 4 || w->bits == 8, "linear: bits must be 2, 3, 4 or 8");
+    require((w->bits >= 2 && w->bits <= 6) || w->bits == 8, "linear: bits must be 2 to 6, or 8");
     require(w->out_features > 0 && w->in_features > 0, "linear: features out of range");
     require(w->in_features < 1 << 17, "linear: more than 131071 input features overflow an int32");
-    require((w->table == nullptr) == (w->bits == 8), "linear: a table belongs to 2, 3 or 4 bits");
+    require((w->table == nullptr) == (w->bits == 8), "linear: a table belongs to 2 to 6 bits");
     require(!w->table || w->table_rows == 1 || w->table_rows == w->out_features, "linear: the table has a wrong shape");
-    require(!w->is_trellis || w->table_rows == 1, "linear: a trellis has one table");
+    require(!w->is_trellis || (w->table_rows == 1 && w->bits <= 5), "linear: a trellis has one table of 2 to 5 bits");
 }
 
 void check(const lrq_matrix *m) {
@@ -368,7 +368,7 @@ int lrq_fit_scales(const lrq_matrix *matrix, const int8_t *table, int64_t table_
     return guarded([&] {
         check(matrix);
         check_table(table, table_rows, matrix->rows);
-        require(bits >= 2 && bits <= 4 && coarse_count > 0, "fit_scales: bits must be 2, 3 or 4, the grid not empty");
+        require(bits >= 2 && bits <= 6 && coarse_count > 0, "fit_scales: bits must be 2 to 6, the grid not empty");
         kernels().fit_scales(*matrix, table, table_rows, bits, grid, coarse_count, threads, row_scale);
     });
 }
@@ -378,7 +378,7 @@ int lrq_encode(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows
     return guarded([&] {
         check(matrix);
         check_table(table, table_rows, matrix->rows);
-        require((bits >= 2 && bits <= 4) || bits == 8, "encode: bits must be 2, 3, 4 or 8");
+        require((bits >= 2 && bits <= 6) || bits == 8, "encode: bits must be 2 to 6, or 8");
         kernels().encode(*matrix, table, table_rows, bits, row_scale, threads, codes);
     });
 }
@@ -388,7 +388,7 @@ int lrq_trellis_encode(const lrq_matrix *matrix, const int8_t *table, int bits, 
     return guarded([&] {
         check(matrix);
         require(table && row_scale && codes, "trellis_encode: an array is missing");
-        require(bits >= 2 && bits <= 4, "trellis_encode: bits must be 2, 3 or 4");
+        require(bits >= 2 && bits <= 5, "trellis_encode: bits must be 2 to 5");
         kernels().trellis_encode(*matrix, table, bits, row_scale, threads, codes);
     });
 }
@@ -397,7 +397,7 @@ int lrq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int 
              uint8_t *used) {
     return guarded([&] {
         require(rows >= 0 && columns >= 0, "pack: rows or columns out of range");
-        require((bits >= 2 && bits <= 4) || bits == 8, "pack: bits must be 2, 3, 4 or 8");
+        require((bits >= 2 && bits <= 6) || bits == 8, "pack: bits must be 2 to 6, or 8");
         kernels().pack(codes, rows, columns, bits, threads, packed, used);
     });
 }

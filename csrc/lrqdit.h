@@ -47,8 +47,8 @@ typedef struct {
     const float *row_scale;    /* (N) */
     const float *bias;         /* (N) or NULL */
     int64_t out_features, in_features, table_rows;
-    int32_t bits;              /* 2, 3, 4 or 8 */
-    int32_t is_trellis;        /* 0 or 1; 1 has one table and not 8 bits */
+    int32_t bits;              /* 2 to 6, or 8 */
+    int32_t is_trellis;        /* 0 or 1; 1 has one table and at most 5 bits */
 } lrq_weight;
 
 /* A weight whose levels are fitted. */
@@ -96,14 +96,14 @@ LRQ_EXPORT int lrq_count_layer(const lrq_matrix *matrix, int64_t block_rows, int
 /* The rows' histograms: bins (2, rows, 2048); the others (rows). */
 LRQ_EXPORT int lrq_count_rows(const lrq_matrix *matrix, int threads, double *root_mean_square, double *bins,
                               double *lowest, double *highest);
-/* row_scale: float32 (rows), searched on grid (25 coarse_count + 36) and polished; table (table_rows, 2^bits) for 2 to 4
+/* row_scale: float32 (rows), searched on grid (25 coarse_count + 36) and polished; table (table_rows, 2^bits) for 2 to 6
    bits, table_rows 1 or rows. */
 LRQ_EXPORT int lrq_fit_scales(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows, int bits,
                               const double *grid, int64_t coarse_count, int threads, float *row_scale);
 /* codes: (rows, columns), of the levels nearest to weight / row_scale. */
 LRQ_EXPORT int lrq_encode(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows, int bits,
                           const float *row_scale, int threads, uint8_t *codes);
-/* codes: (rows, columns), of the path of least squared error in each column; table (2^(bits + 1)) for 2 to 4 bits, see
+/* codes: (rows, columns), of the path of least squared error in each column; table (2^(bits + 1)) for 2 to 5 bits, see
    lrq_weight. */
 LRQ_EXPORT int lrq_trellis_encode(const lrq_matrix *matrix, const int8_t *table, int bits, const float *row_scale,
                                   int threads, uint8_t *codes);

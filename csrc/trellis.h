@@ -39,15 +39,17 @@ struct Subsets {
 };
 
 // The same for a register of weights: a weight has a place, and a place has levels and ranks.
-class Nearest {
+template <int BITS> class Nearest {
 #if defined(__AVX512F__)
-    Floats thresholds[2];  // the values of 2 w / row_scale, 28 at most, at which something changes; a place is between two
-    Floats levels[4][2];
-    Ints packed[2];
+    static constexpr int REGISTERS = BITS == 5 ? 4 : 2;
+    // the values of 2 w / row_scale, 28 at most (60 at 5 bits), at which something changes; a place is between two
+    Floats thresholds[REGISTERS];
+    Floats levels[4][REGISTERS];
+    Ints packed[REGISTERS];
 
   public:
     explicit Nearest(const Subsets &subsets) {
-        float bounds[2 * WIDTH];
+        float bounds[REGISTERS * WIDTH];
         for (float &bound : bounds) bound = __builtin_nanf("");  // never reached
         for (int slot = 0, place = 0; slot < SLOTS; ++slot) {
             if (slot && subsets.ranks[slot] != subsets.ranks[slot - 1]) bounds[++place] = slot - SLOTS / 2;
@@ -60,8 +62,8 @@ class Nearest {
 
     LRQ_INLINE Ints find(Floats units) const {
         Ints place = {};
-        unroll<5>([&](auto i) LRQ_LAMBDA {
-            const Ints upper = place + (WIDTH >> i);
+        unroll<REGISTERS == 4 ? 6 : 5>([&](auto i) LRQ_LAMBDA {
+            const Ints upper = place + (REGISTERS * WIDTH / 2 >> i);
             place = units * 2 >= pick(thresholds, upper) ? upper : place;
         });
         return place;
@@ -71,7 +73,10 @@ class Nearest {
 
   private:
     static LRQ_INLINE Floats pick(const Floats *table, Ints index) {
-        return (Floats)_mm512_permutex2var_ps((__m512)table[0], (__m512i)index, (__m512)table[1]);
+        const __m512 low = _mm512_permutex2var_ps((__m512)table[0], (__m512i)index, (__m512)table[1]);
+        if constexpr (REGISTERS == 2) return (Floats)low;
+        const __m512 high = _mm512_permutex2var_ps((__m512)table[REGISTERS - 2], (__m512i)index, (__m512)table[REGISTERS - 1]);
+        return (Floats)_mm512_mask_mov_ps(low, _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(32)), high);
     }
 #else
     const Subsets &subsets;  // a place is a slot
@@ -236,7 +241,8 @@ LRQ_INLINE Ints look_up(const Mask *decisions, Ints state) {
 }
 
 // The codes of `count` columns, at most WIDTH, of a matrix `stride` wide.
-inline void encode_paths(const Nearest &nearest, const float *weight, const float *row_scale, const float *row_weight,
+template <int BITS>
+inline void encode_paths(const Nearest<BITS> &nearest, const float *weight, const float *row_scale, const float *row_weight,
                          int64_t rows, int64_t stride, int64_t count, uint8_t *codes) {
     Mask(*decisions)[STATES] = static_cast<Mask(*)[STATES]>(scratch(SLOT_PARTIAL, sizeof(Mask) * STATES * rows));
     Halves *places = static_cast<Halves *>(scratch(SLOT_ROWS, sizeof(Halves) * rows));
@@ -297,7 +303,6 @@ inline void encode_paths(const Nearest &nearest, const float *weight, const floa
 inline void trellis_encode(const lrq_matrix &m, const int8_t *table, int bits, const float *row_scale, int threads,
                            uint8_t *codes) {
     const Subsets subsets(table, bits);
-    const Nearest nearest(subsets);
     const int64_t padded = round_up(m.rows, 16);
     float *weights = static_cast<float *>(scratch(SLOT_SHARED, sizeof(float) * m.rows));
     float largest = 0;
@@ -316,16 +321,19 @@ inline void trellis_encode(const lrq_matrix &m, const int8_t *table, int bits, c
         for (int64_t i = 0; i < m.rows; ++i) codes[i * m.columns + j] = path[i];
     };
     const int64_t columns = least(round_up(ceil_div(m.columns, 4 * threads), WIDTH), MAX_COLUMNS_PER_TASK);
-    parallel_for(threads, ceil_div(m.columns, columns), [&](int64_t task) {
-        const int64_t stop = least((task + 1) * columns, m.columns);
-        for (int64_t j = task * columns; j < stop; j += WIDTH) {
-            const int64_t count = least(WIDTH, stop - j);
-            if (2 * count >= WIDTH)
-                encode_paths(nearest, m.weight + j, row_scale, weights, m.rows, m.columns, count, codes + j);
-            else
-                for (int64_t i = 0; i < count; ++i) encode_one(j + i);
-        }
-    });
+    const auto encode_all = [&](const auto &nearest) {
+        parallel_for(threads, ceil_div(m.columns, columns), [&](int64_t task) {
+            const int64_t stop = least((task + 1) * columns, m.columns);
+            for (int64_t j = task * columns; j < stop; j += WIDTH) {
+                const int64_t count = least(WIDTH, stop - j);
+                if (2 * count >= WIDTH)
+                    encode_paths(nearest, m.weight + j, row_scale, weights, m.rows, m.columns, count, codes + j);
+                else
+                    for (int64_t i = 0; i < count; ++i) encode_one(j + i);
+            }
+        });
+    };
+    bits < 5 ? encode_all(Nearest<4>(subsets)) : encode_all(Nearest<5>(subsets));
 }
 
 }  // namespace LRQ_ISA

@@ -43,8 +43,8 @@ def test_more_budget_never_has_more_error(items, one, other, units):
 def test_large_costs():
     """Costs of a model of 12 billion parameters: the budget is kept, and little of it is lost to the units."""
     layers = 300
-    costs = [[40_000_000 * bits // 8 + 1000 * bits for bits in (2, 3, 4, 8)] for _ in range(layers)]
-    errors = [[(1 + index) * 4.0**-bits for bits in (2, 3, 4, 8)] for index in range(layers)]
+    costs = [[40_000_000 * bits // 8 + 1000 * bits for bits in (2, 3, 4, 5, 6, 8)] for _ in range(layers)]
+    errors = [[(1 + index) * 4.0**-bits for bits in (2, 3, 4, 5, 6, 8)] for index in range(layers)]
     budget = int(1.5 * sum(item[0] for item in costs))
     spent = total(costs, choose_options(costs, errors, budget))
     assert 0.99 * budget < spent <= budget

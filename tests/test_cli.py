@@ -203,7 +203,7 @@ def test_quantize_errors(tiny_pipeline_folder, quantized, prompts, tmp_path):
 
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n\n")
-    assert "weight_bits=5" in quantize("--bits", "w5a4")
+    assert "weight_bits=7" in quantize("--bits", "w7a4")
     assert "not of the form" in quantize("--bits", "int4")
     assert "mode='best'" in quantize("--mode", "best")
     assert "cannot be read" in quantize("--prompts", tmp_path / "none.txt")

@@ -128,7 +128,7 @@ def test_nothing_to_compensate():
 
 @settings(max_examples=20, deadline=None)
 @given(
-    width=st.integers(1, 40), out=st.integers(1, 20), bits=st.sampled_from([2, 3, 4]), seed=st.integers(0, 99),
+    width=st.integers(1, 40), out=st.integers(1, 20), bits=st.sampled_from([2, 3, 4, 5, 6]), seed=st.integers(0, 99),
     empty=st.booleans(),
 )  # fmt: skip
 def test_any_shape(width, out, bits, seed, empty):

@@ -39,7 +39,7 @@ def test_bad_names(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_bits": 5}, "weight_bits=5 is not supported; use one of 2, 3, 4, 8"),
+        ({"weight_bits": 7}, "weight_bits=7 is not supported; use one of 2, 3, 4, 5, 6, 8"),
         ({"weight_bits": True}, "weight_bits=True"),
         ({"activation_bits": 5}, "activation_bits=5"),
         ({"mode": "best"}, "mode='best'"),

@@ -23,13 +23,15 @@ def read_codes(packed, out_features, in_features, bits):
             tile, (j, p), place = packed[n // 16, k // 16].astype(np.int64), divmod(n % 16, 4), k % 16
             if bits == 8:
                 code = tile[64 * p + 16 * j + place]
-            elif bits == 4:
+            elif bits >= 4:
                 code = tile[64 * (p // 2) + 16 * j + place] >> 4 * (p % 2) & 15
             else:
                 code = tile[16 * j + place] >> 2 * p & 3
-                if bits == 3:
-                    bit = 16 * j + place
-                    code |= (tile[64 + 8 * p + bit // 8] >> bit % 8 & 1) << 2
+            if bits in (3, 5):
+                first, bit = 64 if bits == 3 else 128, 16 * j + place
+                code |= (tile[first + 8 * p + bit // 8] >> bit % 8 & 1) << bits - 1
+            if bits == 6:
+                code |= (tile[128 + 16 * j + place] >> 2 * p & 3) << 4
             codes[n, k] = code
     return codes
 

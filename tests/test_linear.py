@@ -390,7 +390,8 @@ def test_format_round_trip():
     "change",
     [
         {"unknown": 1},
-        {"weight_bits": 5},
+        {"weight_bits": 7},
+        {"weight_bits": 6, "is_trellis": True},
         {"weight_bits": "4"},
         {"weight_bits": True},
         {"activation_bits": 5},

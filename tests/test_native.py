@@ -19,11 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import lrqdit
-from lrqdit import kernels, native, ops, rotation
+from lrqdit import kernels, native, ops, rotation, trellis
 from lrqdit.activation import InputTransform, normal_lookup
 from lrqdit.errors import KernelError
 from lrqdit.linear import LinearFormat, QuantLinear
-from lrqdit.packing import pack, packed_shape
+from lrqdit.packing import PACKED_BITS, pack, packed_shape
 
 if native.LIBRARY is None:
     pytest.skip(f"no native kernels to test: {native.WHY_REFERENCE}", allow_module_level=True)
@@ -53,6 +53,7 @@ def random_weight(out_features, in_features, bits, has_row_tables, has_bias=True
     """Arguments packed, table, row_scale, bias and bits of an operator."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator).to(torch.uint8)
+    is_trellis = is_trellis and bits in trellis.BITS
     rows = out_features if has_row_tables and not is_trellis else 1
     table = None
     if bits < 8:
@@ -101,7 +102,7 @@ def assert_prologue(x, arguments, bits, clip):
     tokens=st.integers(0, 12) | st.sampled_from([48, 65]),
     out_features=st.integers(1, 70),
     in_features=st.integers(1, 150),
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from(PACKED_BITS),
     has_row_tables=st.booleans(),
     has_bias=st.booleans(),
     is_trellis=st.booleans(),
@@ -120,7 +121,7 @@ def test_quantized_linear_gives_the_bits_of_the_reference(
         assert y.dtype == dtype and torch.equal(y, expected), isa
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", PACKED_BITS)
 def test_quantized_linear_of_wide_layers(bits):
     """Inputs in several splits, tokens in several chunks, channels in several groups."""
     for tokens, out_features, in_features in [(3, 20, 7000), (9, 70, 7001), (530, 40, 64), (20, 700, 96)]:
@@ -201,7 +202,7 @@ def test_a_token_that_is_not_finite_stays_so_and_alone(kind, value):
 
 
 @pytest.mark.parametrize("kind", ["none", *list(rotation.ROTATIONS)])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", PACKED_BITS)
 def test_weight_only_linear(kind, bits):
     weight = random_weight(37, 48, bits, bits == 3, is_trellis=bits in (2, 4))
     arguments = transform_arguments(kind, 48)

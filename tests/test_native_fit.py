@@ -81,7 +81,7 @@ def test_any_weight(weight, choice, scope, has_importance):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (130, 33), (257, 700), (17, 1152), (9, 12288), (20000, 3)])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", PACKED_BITS)
 def test_shapes(bits, shape):
     """Several blocks and parts, whole vectors and rests."""
     check_same(make_gaussian(*shape), bits, "twin_log", "layer", None)
@@ -93,7 +93,9 @@ def test_instruction_sets_and_threads(name, restored):
     weight, importance = make_gaussian(150, 1000), random_importance(1000)
     weight[7], weight[9] = 0, weight[9].abs()
     native.use(name)
-    for threads, (kind, bits) in itertools.product((1, 2), [("twin_log", 4), ("lloyd_max", 3), ("uniform", 2)]):
+    for threads, (kind, bits) in itertools.product(
+        (1, 2), [("twin_log", 4), ("lloyd_max", 3), ("uniform", 2), ("twin_log", 6)]
+    ):
         torch.set_num_threads(threads)
         check_same(weight, bits, kind, "layer", importance)
         check_same(weight[:20], bits, kind, "row", None)

@@ -61,7 +61,7 @@ def test_opcheck_quantize_tokens_of_a_transposed_view():
     assert torch.equal(codes, ops.quantize_tokens(x.contiguous(), *NO_TRANSFORM, 8, 1.0)[0])
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(3, "N"), (4, "1"), (4, "trellis"), (8, "1")])
+@pytest.mark.parametrize(("bits", "rows"), [(3, "N"), (4, "1"), (4, "trellis"), (5, "trellis"), (6, "1"), (8, "1")])
 def test_opcheck_products(bits, rows):
     weight, _ = random_weight(20, 24, bits, rows)
     codes = torch.randint(-128, 128, (5, 24)).to(torch.int8)
@@ -70,7 +70,7 @@ def test_opcheck_products(bits, rows):
     torch.library.opcheck(torch.ops.lrqdit.weight_only_linear.default, arguments)
 
 
-@pytest.mark.parametrize(("bits", "rows"), [*itertools.product([2, 3, 4], "1N"), (8, "1")])
+@pytest.mark.parametrize(("bits", "rows"), [*itertools.product([2, 3, 4, 5, 6], "1N"), (8, "1")])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (5, 33, 20), (3, 7, 13), (17, 1, 5), (0, 16, 24)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_quantized_linear_is_exact(bits, rows, shape, has_bias):
@@ -88,7 +88,7 @@ def test_quantized_linear_is_exact(bits, rows, shape, has_bias):
         assert torch.equal(y, expected.to(dtype))
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(2, "1"), (3, "N"), (4, "1"), (8, "1")])
+@pytest.mark.parametrize(("bits", "rows"), [(2, "1"), (3, "N"), (4, "1"), (5, "1"), (6, "N"), (8, "1")])
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 def test_weight_only_linear(bits, rows, tokens):
     weight, dense = random_weight(19, 24, bits, rows)

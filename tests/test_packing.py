@@ -22,13 +22,15 @@ def pack_slowly(codes, bits):
             j, p, k = row % 16 // 4, row % 4, column % 16
             if bits == 8:
                 tile[64 * p + 16 * j + k] = code
-            elif bits == 4:
-                tile[64 * (p // 2) + 16 * j + k] |= code << 4 * (p % 2)
+            elif bits >= 4:
+                tile[64 * (p // 2) + 16 * j + k] |= (code & 15) << 4 * (p % 2)
             else:
                 tile[16 * j + k] |= (code & 3) << 2 * p
+            if bits == 6:
+                tile[128 + 16 * j + k] |= (code >> 4) << 2 * p
+            if bits in (3, 5):
                 bit = 16 * j + k
-                if bits == 3:
-                    tile[64 + 8 * p + bit // 8] |= (code >> 2) << bit % 8
+                tile[32 * (bits - 1) + 8 * p + bit // 8] |= (code >> bits - 1) << bit % 8
     return torch.tensor(tiles, dtype=torch.uint8)
 
 
@@ -53,7 +55,7 @@ def test_noncontiguous_codes():
     assert torch.equal(pack(codes, 3), pack_slowly(codes, 3))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_code_too_large(bits):
     codes = torch.zeros(3, 3, dtype=torch.uint8)
     codes[2, 1] = 1 << bits
@@ -67,6 +69,6 @@ def test_wrong_arguments():
         unpack(packed, 40, 36, 4)
     with pytest.raises(ConfigError, match="layer at 3 bits"):
         unpack(packed, 20, 36, 3)
-    with pytest.raises(ConfigError, match="bits=5"):
-        pack(random_codes(4, 4, 2), 5)
+    with pytest.raises(ConfigError, match="bits=7"):
+        pack(random_codes(4, 4, 2), 7)
     assert TILE == 16

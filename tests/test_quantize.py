@@ -172,7 +172,7 @@ def test_bad_settings_fail_before_anything_runs():
     def never(_):
         raise AssertionError
 
-    for settings in ({"codebook": "morse"}, {"weight_bits": 5}, {"colour": "red"}, {"seed": "x"}):
+    for settings in ({"codebook": "morse"}, {"weight_bits": 7}, {"colour": "red"}, {"seed": "x"}):
         with pytest.raises(ConfigError):
             lrqdit.quantize(build(), QuantizationConfig(), forward_loop=never, **settings)
     with pytest.raises(ModelError, match="pass forward_loop"):

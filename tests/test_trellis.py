@@ -75,7 +75,7 @@ def test_native_codes_are_those_of_the_reference(bits):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("bits", "expected"), [(2, 0.0842), (3, 0.0228), (4, 0.0062)])
+@pytest.mark.parametrize(("bits", "expected"), [(2, 0.0842), (3, 0.0228), (4, 0.0062), (5, 0.0016)])
 def test_error_of_gaussian_weights(bits, expected):
     """As documented, and at most .73 of the scalar levels'."""
     weight = random(512, 256) * 0.02
@@ -108,7 +108,7 @@ def test_special_rows(bits):
 
 def test_expand_refuses_what_has_no_trellis():
     weight = random(8, 16)
-    with pytest.raises(ConfigError, match="8 bits with 1 tables; a trellis has one table of 2 to 4 bits"):
+    with pytest.raises(ConfigError, match="8 bits with 1 tables; a trellis has one table of 2 to 5 bits"):
         trellis.expand(codebook.fit(weight, 8), weight)
     with pytest.raises(ConfigError, match="4 bits with 8 tables"):
         trellis.expand(codebook.fit(weight, 4, scope="row"), weight)

@@ -1,5 +1,6 @@
 """The Triton kernels against the torch reference: on a GPU if there is one, else in Triton's interpreter."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -31,7 +32,9 @@ SMALL_PLANS = (
     Plan("decoded", 16, 16, 32, 4, 2, True),
     Plan("float", 16, 16, 32, 4, 2),
 )
-TRELLIS = [(bits, "trellis") for bits in (2, 3, 4)]
+TRELLIS = [(bits, "trellis") for bits in (2, 3, 4, 5)]
+SHAPES = {4: (4096, 3072, 3072), 3: (300, 1152, 4608), 2: (1, 1152, 1152), 8: (77, 4096, 96), 5: (90, 640, 192)}
+SHAPES[6] = 16, 1152, 4608
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]
 
 
@@ -166,9 +169,7 @@ def test_boxes_of_wide_tokens(width, factors, box):
     assert triton_prologue._padded_box(axes) == box
 
 
-@pytest.mark.parametrize(
-    ("bits", "rows"), [(2, "1"), (2, "N"), (3, "1"), (3, "N"), (4, "1"), (4, "N"), (8, "1"), *TRELLIS]
-)
+@pytest.mark.parametrize(("bits", "rows"), [*itertools.product((2, 3, 4, 5, 6), "1N"), (8, "1"), *TRELLIS])
 @pytest.mark.parametrize("plan", SMALL_PLANS, ids=lambda plan: plan.path + "-tma" * plan.tma)
 def test_quantized_linear_is_exact(bits, rows, plan):
     for tokens, out_features, in_features in ((1, 16, 16), (5, 33, 20), (17, 18, 48)):
@@ -208,7 +209,7 @@ def test_long_sums_are_exact():
         assert torch.equal(y.cpu(), expected)
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(2, "N"), (3, "1"), (4, "N"), (8, "1"), *TRELLIS])
+@pytest.mark.parametrize(("bits", "rows"), [(2, "N"), (3, "1"), (4, "N"), (5, "N"), (6, "1"), (8, "1"), *TRELLIS])
 @pytest.mark.parametrize("x_dtype", DTYPES)
 def test_weight_only_linear(bits, rows, x_dtype):
     weight, _ = random_weight(19, 48, bits, rows)
@@ -300,7 +301,7 @@ class TestOnDevice:
     pytestmark = gpu_only
 
     def test_a_layer_agrees_with_the_reference(self):
-        for bits, shape in ((4, (4096, 3072, 3072)), (3, (300, 1152, 4608)), (2, (1, 1152, 1152)), (8, (77, 4096, 96))):
+        for bits, shape in SHAPES.items():
             tokens, in_features, out_features = shape
             layer = random_layer(in_features, out_features, bits, 8, DEVICE)
             x = torch.randn(tokens, in_features, device=DEVICE, dtype=torch.bfloat16)

@@ -199,12 +199,14 @@ struct Weight {
         const int64_t j = row % 16 / 4, p = row % 4, at = 16 * j + column % 16;
         if (bits == 8) {
             tile[64 * p + at] = static_cast<uint8_t>(code);
-        } else if (bits == 4) {
-            tile[64 * (p / 2) + at] |= static_cast<uint8_t>(code << 4 * (p % 2));
+        } else if (bits >= 4) {
+            tile[64 * (p / 2) + at] |= static_cast<uint8_t>((code & 15) << 4 * (p % 2));
+            if (bits == 6) tile[128 + at] |= static_cast<uint8_t>((code >> 4) << 2 * p);
         } else {
             tile[at] |= static_cast<uint8_t>((code & 3) << 2 * p);
-            if (bits == 3) tile[64 + 8 * p + at / 8] |= static_cast<uint8_t>((code >> 2) << at % 8);
         }
+        if (bits == 3) tile[64 + 8 * p + at / 8] |= static_cast<uint8_t>((code >> 2) << at % 8);
+        if (bits == 5) tile[128 + 8 * p + at / 8] |= static_cast<uint8_t>((code >> 4) << at % 8);
     }
 };
 
@@ -258,22 +260,22 @@ void check_product(const Weight &w, int64_t rows, const std::vector<int> &types,
 
 void test_quantized_linear() {
     uint64_t seed = 1;
-    for (const int bits : {2, 3, 4, 8})
+    for (const int bits : {2, 3, 4, 5, 6, 8})
         for (const int64_t n : {1, 15, 16, 17, 33, 49, 97})
             for (const int64_t k : {1, 15, 16, 17, 33, 64, 100}) {
-                const Weight w(n, k, bits, bits == 3 || n == 33, n != 16, ++seed);
+                const Weight w(n, k, bits, bits == 3 || n % 16 == 1, n != 16, ++seed);
                 for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9})
                     check_product(w, rows, {static_cast<int>((n + rows) % 3)}, {1}, random_codes(rows * k, ++seed));
                 check_product(w, 70, ALL_TYPES, {1, 2}, random_codes(70 * k, ++seed));
             }
-    for (const int bits : {2, 3, 4})
+    for (const int bits : {2, 3, 4, 5})
         for (const int64_t n : {1, 7, 16, 17, 33, 97})
             for (const int64_t k : {1, 16, 33, 100}) {
                 const Weight w(n, k, bits, false, true, ++seed, false, true);
                 for (const int64_t rows : {1, 2, 3, 4, 5, 70})
                     check_product(w, rows, {LRQ_BFLOAT16}, {1, 2}, random_codes(rows * k, ++seed));
             }
-    for (const int bits : {2, 3, 4, 8}) {
+    for (const int bits : {2, 3, 4, 5, 6, 8}) {
         const auto run = [&](int64_t rows, int64_t n, int64_t k, bool has_row_tables) {
             const Weight w(n, k, bits, has_row_tables, true, ++seed);
             check_product(w, rows, {LRQ_FLOAT32}, {1, 2, 3, 7}, random_codes(rows * k, ++seed));
@@ -313,7 +315,7 @@ double path_error(const float *column, int64_t stride, int64_t rows, const int8_
 
 void test_trellis() {
     uint64_t seed = 40;
-    for (const int bits : {2, 3, 4})
+    for (const int bits : {2, 3, 4, 5})
         for (const int64_t rows : {1, 2, 3, 17, 70})
             for (const int64_t columns : {1, 3, 16, 33, 150}) {
                 Random random{++seed};
@@ -404,7 +406,7 @@ void test_conversions() {
 
 void test_weight_only() {
     uint64_t seed = 900;
-    for (const int bits : {2, 3, 4, 8})
+    for (const int bits : {2, 3, 4, 5, 6, 8})
         for (const int64_t n : {1, 16, 33})
             for (const int64_t k : {1, 17, 64, 130})
                 for (const int64_t rows : {1, 2, 7, 8, 9, 21}) {
@@ -945,13 +947,14 @@ void test_bad_arguments() {
     LINEAR("no row scale", w.row_scale = nullptr);
     LINEAR("no table", w.table = nullptr);
     LINEAR("a table at 8 bits", w.bits = 8);
-    LINEAR("5 bits", w.bits = 5);
+    LINEAR("7 bits", w.bits = 7);
     LINEAR("0 bits", w.bits = 0);
     LINEAR("no output channels", w.out_features = 0);
     LINEAR("no inputs", w.in_features = 0);
     LINEAR("too many inputs", w.in_features = 1 << 17);
     LINEAR("19 tables", w.table_rows = 19);
     LINEAR("a trellis of many tables", w.table_rows = w.out_features; w.is_trellis = 1);
+    LINEAR("a trellis of 6 bits", w.table_rows = 1; w.bits = 6; w.is_trellis = 1);
     LINEAR("0 tables", w.table_rows = 0);
     LINEAR("-1 rows", rows = -1);
     LINEAR("output type 3", type = 3);
@@ -1021,7 +1024,7 @@ void test_bad_arguments() {
         refuse("clip", out, [&] { return lrq_quantize_tokens(&t.c, 8, clip, nullptr, 1, codes_out, scale.data()); });
     refuse("no steps", out, [&] { return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, 1, codes_out, nullptr); });
     const auto both = [&](const Transform &from, int bits, double clip, const Weight &w, int type, float *to) {
-        return lrq_linear(&from.c, bits, clip, nullptr, &w.c, type, 1, to);
+        return lrq_linear(&from.c, bits, clip, nullptr, &w.c, type, 1, codes_out, scale.data(), to);
     };
     const Transform wide(LRQ_NONE, 5, 48, {}, LRQ_FLOAT32, true, 1);
     refuse("another width", out, [&] { return both(wide, 8, 1.0, good, LRQ_FLOAT32, out.data()); });

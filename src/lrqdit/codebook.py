@@ -59,7 +59,7 @@ from lrqdit.errors import ConfigError, NumericalError
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int8]
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 SCOPES = ("layer", "row")
 BINS = 1024  # of each half of the histogram
 BLOCK_ROWS, BLOCK_ELEMENTS = 128, 1 << 18
@@ -80,7 +80,7 @@ class Codebook:
     """The levels of a quantized weight (out, in): ŵ[i, j] = row_scale[i] · table[i or 0, code[i, j]]."""
 
     kind: str  # one of CODEBOOKS; always "uniform" at 8 bits
-    bits: int  # 2, 3, 4 or 8
+    bits: int  # 2 to 6, or 8
     table: Tensor  # int8 (T, 2**bits), ascending, T = 1 (one table for the layer) or T = out
     row_scale: Tensor  # float32 (out,)
 
@@ -208,7 +208,7 @@ def fit(
 
     Args:
         weight: (out, in), any float dtype; it is read as float32.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 6, or 8.
         kind: one of CODEBOOKS; "nf4" has 4 bits only.
         scope: "layer" for one table, "row" for a table per row; "minmax" has a zero point, so a table, per row in
             either. A table that is the same for all rows is kept once.

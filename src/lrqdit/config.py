@@ -23,7 +23,7 @@ from typing import Any
 
 from lrqdit.errors import ConfigError
 
-WEIGHT_BITS = (2, 3, 4, 8)
+WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 ACTIVATION_BITS = (4, 6, 8, 16)
 MODES: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -69,11 +69,11 @@ class QuantizationConfig:
     """Everything that decides the bytes of a quantized model, beside the model and the calibration data.
 
     Args:
-        weight_bits: 2, 3, 4 (Twin-Log levels) or 8 (uniform).
+        weight_bits: 2 to 6 (Twin-Log levels) or 8 (uniform).
         activation_bits: 4, 6, 8, or 16 for weight-only quantization.
         average_bits: true bits per parameter that each quantized model may take in all, scales and kept layers
             included. None: what ``weight_bits`` in every layer would take.
-        sensitivity: by what each layer gets its own weight bits within that size (``weight_bits``, 4 if it is 8, is
+        sensitivity: by what each layer gets its own weight bits within that size (``weight_bits``, at most 4, is
             then only the width at which errors are compared). ``gradient``: by its error and the gradients seen in
             calibration, which costs nothing; every layer has ``weight_bits`` where there are none. ``measured``: by
             running the model with each layer rounded. ``none``: every layer has ``weight_bits``.
@@ -81,8 +81,8 @@ class QuantizationConfig:
         codebook: weight levels, a key of :data:`lrqdit.codebook.CODEBOOKS`.
         table_scope: ``layer`` (one int8 table per layer) or ``row`` (one per output row).
         coding: ``scalar`` (a code is a level), ``trellis`` (codes are paths through twice as many levels,
-            :mod:`lrqdit.trellis`: a third less error at equal bits, from one table per layer) or ``auto`` (``trellis``
-            for Twin-Log levels with one table per layer).
+            :mod:`lrqdit.trellis`: a third less error at equal bits, from one table per layer, up to 5 bits) or ``auto``
+            (``trellis`` for Twin-Log levels with one table per layer).
         rotation: ``auto`` (smallest measured error), ``threshold`` (the paper's: Hadamard below ``rotation_threshold``,
             R1 P R2 from it on), or one kind for every layer.
         rotation_threshold: threshold on J, the RMS of a layer's input.
@@ -183,7 +183,7 @@ class QuantizationConfig:
 
     @property
     def has_trellis(self) -> bool:
-        """Whether layers below 8 bits are coded by a trellis."""
+        """Whether layers of up to 5 bits are coded by a trellis."""
         is_default = self.table_scope == "layer" and self.codebook == "twin_log"
         return self.coding == "trellis" or (self.coding == "auto" and is_default)
 

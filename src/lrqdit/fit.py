@@ -282,7 +282,7 @@ def quantize_linear(
     weight = weight.detach().cpu().float()
     folded = ops.fold(transform, weight)
     levels = _fit_levels(name, folded, weight_bits, config)
-    if is_trellis := config.has_trellis and weight_bits < 8:
+    if is_trellis := config.has_trellis and weight_bits in trellis.BITS:
         levels = trellis.expand(levels, folded)
     new_bias = None if bias is None else bias.detach().cpu().float()
     if transform.input_offset is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrqdit import kernels, ops
+from lrqdit import kernels, ops, trellis
 from lrqdit.activation import InputTransform
 from lrqdit.config import ACTIVATION_BITS, WEIGHT_BITS
 from lrqdit.errors import CheckpointError, ModelError
@@ -30,7 +30,7 @@ class LinearFormat:
 
     Args:
         in_features, out_features: the layer's shape.
-        weight_bits: 2, 3, 4 or 8.
+        weight_bits: 2 to 6, or 8.
         activation_bits: 4, 6, 8 or 16 (weight-only).
         codebook: kind of the levels.
         table_rows: rows of the int8 table: 1, out_features, or 0 for 8-bit codes, which need none.
@@ -99,8 +99,8 @@ class LinearFormat:
             raise ValueError(f"principal_rank={self.principal_rank} at {self.activation_bits} bits")
         if self.table_rows not in ((0,) if self.weight_bits == 8 else (1, self.out_features)):
             raise ValueError(f"table_rows={self.table_rows}")
-        if self.is_trellis and self.table_rows != 1:
-            raise ValueError(f"is_trellis with table_rows={self.table_rows}")
+        if self.is_trellis and (self.table_rows != 1 or self.weight_bits not in trellis.BITS):
+            raise ValueError(f"is_trellis with table_rows={self.table_rows} at {self.weight_bits} bits")
         if self.rotation != "outlier":
             Rotation.from_tensors(self.rotation, self.in_features, self.factors, {})
         elif (

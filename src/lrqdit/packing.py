@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits, packed so that a vector unit can decode them without a gather.
+"""Codes of 2 to 6 or 8 bits, packed so that a vector unit can decode them without a gather.
 
 The unit is a tile of 16 output channels x 16 input channels, ``32 * bits`` bytes. Write channel n of the tile as
 n = 4 j + p (lane j, position p) and let k be the input channel inside the tile:
@@ -10,11 +10,14 @@ bits  bytes of a tile
 4     byte 64 v + 16 j + k holds position p = 2 v in its low half and p = 2 v + 1 in its high half
 2     byte 16 j + k holds position p in bits 2 p and 2 p + 1
 3     the two low bits as above (64 bytes), then bit 16 j + k (little endian) of the 64-bit word p holds the third
+5     the four low bits as above (128 bytes), then the fifth as the third of 3
+6     the four low bits as above (128 bytes), then the two high bits as those of 2
 ====  ==================================================================================================
 
-A 128-bit lane therefore holds sixteen consecutive inputs of one output channel: one byte shuffle looks them up in that
-channel's own 16-entry table, and a 4 x 4 transpose of 32-bit words gives the order of an int8 dot-product instruction.
-Channels beyond the layer's own are padded with code 0. Tiles are stored in the order (output tile, input tile).
+A 128-bit lane therefore holds sixteen consecutive inputs of one output channel: one byte shuffle looks them up in
+sixteen levels of that channel's own, and a 4 x 4 transpose of 32-bit words gives the order of an int8 dot-product
+instruction. Channels beyond the layer's own are padded with code 0. Tiles are stored in the order (output tile, input
+tile).
 """
 
 import torch
@@ -24,7 +27,9 @@ from lrqdit import native
 from lrqdit.errors import ConfigError
 
 TILE = 16
-PACKED_BITS = (2, 3, 4, 8)
+# by bits, how many of them each part of a tile holds, the lowest first
+PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+PACKED_BITS = tuple(PARTS)
 
 
 def packed_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int, int]:
@@ -51,18 +56,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     padded[: codes.shape[0], : codes.shape[1]] = codes
     # (output tile, lane j, position p, input tile, k) -> (output tile, input tile, p, 16 j + k)
     tiles = padded.view(out_tiles, 4, 4, in_tiles, TILE).permute(0, 3, 2, 1, 4).reshape(out_tiles, in_tiles, 4, 64)
-    if bits == 8:
-        return tiles.reshape(out_tiles, in_tiles, tile_bytes).contiguous()
-    if bits == 4:
-        return (tiles[:, :, 0::2] | tiles[:, :, 1::2] << 4).reshape(out_tiles, in_tiles, tile_bytes)
-    low = tiles & 3
-    plane = low[:, :, 0] | low[:, :, 1] << 2 | low[:, :, 2] << 4 | low[:, :, 3] << 6
-    if bits == 2:
-        return plane
-    third = (tiles >> 2).view(out_tiles, in_tiles, 4, 8, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
-    third = (third * weights).sum(dim=-1, dtype=torch.uint8).view(out_tiles, in_tiles, 32)
-    return torch.cat([plane, third], dim=-1)
+    parts = []
+    for width in PARTS[bits]:
+        groups = (tiles & (1 << width) - 1).view(out_tiles, in_tiles, *_groups(width))
+        parts.append((groups << _shifts(width, codes)).sum(dim=3, dtype=torch.uint8).flatten(2))
+        tiles = tiles >> width
+    return torch.cat(parts, dim=-1)
 
 
 def unpack(packed: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
@@ -74,20 +73,24 @@ def unpack(packed: Tensor, out_features: int, in_features: int, bits: int) -> Te
             f"bits has {shape}"
         )
     out_tiles, in_tiles, _ = shape
-    if bits == 8:
-        tiles = packed.view(out_tiles, in_tiles, 4, 64)
-    elif bits == 4:
-        halves = packed.view(out_tiles, in_tiles, 2, 64)
-        tiles = torch.stack([halves & 15, halves >> 4], dim=3).reshape(out_tiles, in_tiles, 4, 64)
-    else:
-        plane = packed[:, :, :64]
-        tiles = torch.stack([plane & 3, plane >> 2 & 3, plane >> 4 & 3, plane >> 6], dim=2)
-        if bits == 3:
-            shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-            third = packed[:, :, 64:].reshape(out_tiles, in_tiles, 4, 8, 1) >> shifts & 1
-            tiles = tiles | third.view(out_tiles, in_tiles, 4, 64) << 2
+    tiles, start, shift = torch.zeros(out_tiles, in_tiles, 4, 64, dtype=torch.uint8, device=packed.device), 0, 0
+    for width in PARTS[bits]:
+        shape = out_tiles, in_tiles, *_groups(width)
+        part = packed[:, :, start : start + 32 * width].reshape(*shape[:3], 1, *shape[4:])
+        tiles |= (part >> _shifts(width, packed) & (1 << width) - 1).view(tiles.shape) << shift
+        start, shift = start + 32 * width, shift + width
     codes = tiles.view(out_tiles, in_tiles, 4, 4, TILE).permute(0, 3, 2, 1, 4)
     return codes.reshape(out_tiles * TILE, in_tiles * TILE)[:out_features, :in_features].contiguous()
+
+
+def _groups(width: int) -> tuple[int, ...]:
+    """How the codes (4, 64) of a tile are grouped, by axis 1, into bytes of 8 // width parts of codes."""
+    return (32, 8) if width == 1 else (width // 2, 8 // width, 64)
+
+
+def _shifts(width: int, like: Tensor) -> Tensor:
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=like.device)
+    return shifts if width == 1 else shifts[:, None]
 
 
 def _check_bits(bits: int) -> None:

@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from lrqdit import trellis
 from lrqdit.accounting import layer_bytes
 from lrqdit.allocate import choose_options
 from lrqdit.config import WEIGHT_BITS, QuantizationConfig
@@ -26,8 +27,9 @@ from lrqdit.recording import Step
 from lrqdit.rotation import single_thread
 
 # A layer's error by weight bits. A bit counts four; from 3 to 2 bits the late steps show 4.8 (the median), and
-# cross-attention's queries and keys lose at earlier steps what they do not show
-RELATIVE_ERROR = {2: 8.0, 3: 1.0, 4: 0.25, 8: 0.003}
+# cross-attention's queries and keys lose at earlier steps what they do not show. 5 and 6 bits were measured on Gaussian
+# weights alone, where a bit on a trellis counts 3.6 or 3.7; the sixth counts 2.5, because it has no trellis
+RELATIVE_ERROR = {2: 8.0, 3: 1.0, 4: 0.25, 5: 0.0625, 6: 0.025, 8: 0.003}
 
 
 def options(is_weight_only: bool) -> tuple[int, ...]:
@@ -154,5 +156,5 @@ def _pick(costs: Mapping[str, list[int]], predicted: Mapping[str, Mapping[int, f
 
 def _at_bits(layout: LinearFormat, bits: int, config: QuantizationConfig) -> LinearFormat:
     rows = 0 if bits == 8 else layout.out_features if config.table_scope == "row" else 1
-    is_trellis = config.has_trellis and bits < 8
+    is_trellis = config.has_trellis and bits in trellis.BITS
     return dataclasses.replace(layout, weight_bits=bits, table_rows=rows, is_trellis=is_trellis)

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import nn
 
-from lrqdit import checkpoint, models
+from lrqdit import checkpoint, models, trellis
 from lrqdit.accounting import measure_size
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError
@@ -75,7 +75,7 @@ def random_layer(
     """A packed layer of random codes with offset, scale and Hadamard rotation; options: other fields of its format."""
     transform = {
         "rotation": "hadamard", "factors": kronecker_factors(in_features), "has_offset": True, "has_scale": True,
-        "table_rows": 0 if weight_bits == 8 else 1, "is_trellis": weight_bits < 8,
+        "table_rows": 0 if weight_bits == 8 else 1, "is_trellis": weight_bits in trellis.BITS,
     }  # fmt: skip
     layout = LinearFormat(in_features, out_features, weight_bits, activation_bits, **{**transform, **options})
     return fill_randomly(QuantLinear(layout, torch.bfloat16, device))

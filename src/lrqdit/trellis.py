@@ -10,7 +10,8 @@ feedforward form, where a level depends on a few earlier codes and on no state:
 The path runs over the **output channels** n of one input column. So a decoder needs the codes of the six channels
 before its own and nothing else, and GPTQ, which rounds a weight column by column and treats its rows alike, compensates
 as with any other levels: a column is the vector that it rounds at once. Of Gaussian weights the squared error is .0842,
-.0228 and .0062 at 2, 3 and 4 bits, where the best scalar levels (Lloyd-Max) leave .1175, .0345 and .0095.
+.0228, .0062 and .0016 at 2, 3, 4 and 5 bits, where the best scalar levels (Lloyd-Max) leave .1175, .0345, .0095 and
+.0025.
 
 :func:`encode` finds the path of the least squared error Σ (w - scale · level)² in each column by the Viterbi algorithm.
 Its costs are float32, and their additions have one order, so that the native search (csrc/trellis.h) gives the same
@@ -27,8 +28,9 @@ from torch import Tensor
 from lrqdit import native
 from lrqdit.codebook import SLOTS, Codebook, _read_matrix, _round_levels
 from lrqdit.errors import ConfigError
+from lrqdit.packing import PARTS
 
-BITS = (2, 3, 4)
+BITS = (2, 3, 4, 5)
 STATES, HISTORY = 64, 6
 STEPS_PER_SHIFT = 32  # after so many rows the smallest cost becomes 0 again
 UNREACHED = np.float32(1e30)
@@ -76,7 +78,8 @@ def find_places(packed: Tensor, start: int, stop: int, bits: int, is_trellis: bo
     The path is followed on packed bytes, which hold the codes of several channels: uint8 (tiles, input tiles, 32 bits),
     see packing.py, -> uint8 (16 * (stop - start), 16 * input tiles).
     """
-    in_tiles, planes, width = packed.shape[1], max(1, bits // 2), 16 * packed.shape[1]
+    low, high = (*PARTS[bits], 0)[:2]
+    in_tiles, planes, width = packed.shape[1], low // 2, 16 * packed.shape[1]
     tiles = packed[max(0, start - 1) : stop]
     count = len(tiles)
     # (tile, input tile, plane, lane, k) -> (plane, lane of every tile, all inputs)
@@ -87,7 +90,7 @@ def find_places(packed: Tensor, start: int, stop: int, bits: int, is_trellis: bo
     x = list(lanes[:, 4:])
     if is_trellis:
         y, z = lanes[:, 3:-1], lanes[:, 2:-2]
-        if bits == 4:
+        if low == 4:
             parity = [y[0] ^ y[1], x[0] ^ y[1]]
             flips = [(x[0] << 4 | y[1] >> 4) ^ z[1], (x[1] << 4 | x[0] >> 4) ^ y[0]]
             x = [plane ^ flip.bitwise_and_(0x11) for plane, flip in zip(x, flips, strict=True)]
@@ -95,17 +98,20 @@ def find_places(packed: Tensor, start: int, stop: int, bits: int, is_trellis: bo
             parity = [(x[0] << 4 | y[0] >> 4) ^ y[0]]
             flips = [(x[0] << 2 | y[0] >> 6) ^ (y[0] << 4 | z[0] >> 4)]
             x = [x[0] ^ flips[0].bitwise_and_(0x55)]
+    own = tiles[count - (stop - start) :]
     places = torch.empty(len(x[0]), 4, width, dtype=torch.uint8, device=packed.device)  # channel 4 lane + position
     for position in range(4):
-        plane, shift = divmod(position, 2) if bits == 4 else (0, position)
-        shift *= 4 if bits == 4 else 2
-        place = torch.bitwise_and(x[plane] >> shift, 15 if bits == 4 else 3, out=places[:, position])
-        if bits == 3:
-            start_byte = 64 + 8 * position
-            third = tiles[count - (stop - start) :, :, start_byte : start_byte + 8].view(-1, in_tiles, 4, 2)
-            third = third.permute(0, 2, 1, 3).reshape(-1, 2 * in_tiles, 1)
-            third = third >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-            place |= third.view(-1, width) << 2
+        plane, shift = divmod(position, 8 // low)
+        shift *= low
+        place = torch.bitwise_and(x[plane] >> shift, (1 << low) - 1, out=places[:, position])
+        if high == 1:
+            first = 64 * planes + 8 * position
+            bit = own[:, :, first : first + 8].view(-1, in_tiles, 4, 2).permute(0, 2, 1, 3)
+            bit = bit.reshape(-1, 2 * in_tiles, 1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+            place |= bit.view(-1, width) << low
+        elif high == 2:
+            pair = own[:, :, 64 * planes :].view(-1, in_tiles, 4, 16).permute(0, 2, 1, 3).reshape(-1, width)
+            place |= (pair >> 2 * position & 3) << low
         if is_trellis:
             place.bitwise_left_shift_(1).bitwise_or_(parity[plane] >> shift & 1)
     return places.view(-1, width)
@@ -119,12 +125,12 @@ def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
     weights, and FIT_COLUMNS columns.
 
     Raises:
-        ConfigError: for 8-bit levels, or a table per row.
+        ConfigError: for more than 5 bits, or a table per row.
     """
     if levels.bits not in BITS or len(levels.table) != 1:
         raise ConfigError(
             f"trellis.expand: {levels.bits} bits with {len(levels.table)} tables; "
-            "a trellis has one table of 2 to 4 bits"
+            "a trellis has one table of 2 to 5 bits"
         )
     levels._check_rows("expand", weight)
     count = max(FIT_COLUMNS, -(-FIT_WEIGHTS // len(weight)))

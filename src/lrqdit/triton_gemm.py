@@ -250,13 +250,18 @@ def _load_codes(packed, column, k, first_tile, out_features, in_tiles, BITS: tl.
     lane = column % 16 // 4 * 16 + k % 16
     if BITS == 8:
         return tl.load(start + position * 64 + lane, mask=mask, other=0).to(tl.int32)
-    if BITS == 4:
-        both = tl.load(start + position // 2 * 64 + lane, mask=mask, other=0).to(tl.int32)
-        return both >> position % 2 * 4 & 15
-    code = tl.load(start + lane, mask=mask, other=0).to(tl.int32) >> position * 2 & 3
-    if BITS == 3 and WHOLE:
-        third = tl.load(start + 64 + position * 8 + lane // 8, mask=mask, other=0).to(tl.int32)
-        code |= (third >> lane % 8 & 1) << 2
+    LOW: tl.constexpr = 4 if BITS >= 4 else 2  # so many bits lie in the planes at the tile's begin
+    if LOW == 4:
+        code = tl.load(start + position // 2 * 64 + lane, mask=mask, other=0).to(tl.int32) >> position % 2 * 4 & 15
+    else:
+        code = tl.load(start + lane, mask=mask, other=0).to(tl.int32) >> position * 2 & 3
+    if WHOLE:
+        if BITS % 2 == 1:
+            high = tl.load(start + LOW * 32 + position * 8 + lane // 8, mask=mask, other=0).to(tl.int32)
+            code |= (high >> lane % 8 & 1) << LOW
+        elif BITS == 6:
+            high = tl.load(start + LOW * 32 + lane, mask=mask, other=0).to(tl.int32)
+            code |= (high >> position * 2 & 3) << LOW
     return code
 
 

@@ -19,6 +19,8 @@ VARIANTS = {
     "w3a8-trellis": {"coding": "trellis"},
     "w4a4-principal": {"rotation": "hadamard", "smoothing": "always"},
     "w4a8": {},
+    "w5a8": {},
+    "w6a8": {"table_scope": "row"},
     "w3a4": {"rotation": "hadamard", "smoothing": "always"},
     "w2a8": {"rotation": "outlier", "rounding": "nearest", "table_scope": "row", "keep_bits": 16},
 }
