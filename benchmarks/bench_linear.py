@@ -3,7 +3,8 @@
 Run: python benchmarks/bench_linear.py [--threads 2] [--presets w4a8,w4a4] [--seconds 3] [--shapes pixart,flux]
 
 Every contender is a whole layer, bfloat16 in and out, if not said otherwise; ours includes centring, smoothing,
-rotation and quantization of its input. torchao, onnxruntime and OpenVINO take part where they are installed, each with
+rotation and quantization of its input. These inputs have no principal part that pays; what one costs at 4-bit
+activations is a line of its own. torchao, onnxruntime and OpenVINO take part where they are installed, each with
 its fastest setting known to us; they run by themselves after the others, because their waiting threads slow whoever
 comes next.
 
@@ -17,6 +18,7 @@ and reuse freed memory (glibc only), for all contenders; --fresh-buffers leaves 
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import math
 import statistics
@@ -30,6 +32,8 @@ from torch import nn
 
 import lrqdit
 from lrqdit import native
+from lrqdit.config import QuantizationConfig
+from lrqdit.linear import QuantLinear
 
 SHAPES = {
     "pixart": [(m, k, n) for m in (1024, 4096) for k, n in ((1152, 1152), (1152, 4608), (4608, 1152))],
@@ -38,6 +42,7 @@ SHAPES = {
 }
 FEW_TOKENS = 1024  # below, what is in the caches decides
 FLUSH_BYTES = 256 << 20  # more than a last cache holds
+DIRECTIONS = QuantizationConfig().principal_rank
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 
 
@@ -110,6 +115,17 @@ def build_onnxruntime(linear: nn.Linear, x: torch.Tensor) -> Callable:
     return lambda: session.run(None, {"x": values})
 
 
+def add_principal_part(layer: nn.Module) -> nn.Module:
+    """The layer with as many directions beside its codes as the default takes at most, of random entries."""
+    changed = QuantLinear(dataclasses.replace(layer.format, principal_rank=DIRECTIONS), torch.bfloat16)
+    state = layer.state_dict()
+    for name, width in (("principal", layer.in_features), ("outlet", layer.out_features)):
+        state[name] = torch.randint(-127, 128, (DIRECTIONS, width), dtype=torch.int8)
+        state[f"{name}_scale_bits"] = torch.full((DIRECTIONS,), 1e-3).view(torch.int32)
+    changed.load_state_dict(state)
+    return changed
+
+
 def build_openvino(linear: nn.Linear, x: torch.Tensor) -> Callable:
     import nncf
     import openvino
@@ -168,6 +184,8 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
     }
     for preset, layer in ours.items():
         contenders[f"ours {preset}"] = lambda layer=layer: layer(x)
+        if preset.endswith("a4"):
+            contenders[f"  {preset} with {DIRECTIONS} directions beside its codes"] = add_principal_part(layer)
     first = ours[presets[0]]
     contenders[f"  prologue of {presets[0]}"] = lambda: first.quantize_input(x)
     with torch.no_grad():
