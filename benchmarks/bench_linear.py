@@ -185,7 +185,8 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
     for preset, layer in ours.items():
         contenders[f"ours {preset}"] = lambda layer=layer: layer(x)
         if preset.endswith("a4"):
-            contenders[f"  {preset} with {DIRECTIONS} directions beside its codes"] = add_principal_part(layer)
+            wider = add_principal_part(layer)
+            contenders[f"  {preset} with {DIRECTIONS} directions beside its codes"] = lambda wider=wider: wider(x)
     first = ours[presets[0]]
     contenders[f"  prologue of {presets[0]}"] = lambda: first.quantize_input(x)
     with torch.no_grad():
