@@ -131,7 +131,7 @@ def test_gaussian_targets_at_any_scale(bits: int) -> None:
 def test_a_table_per_row_fits_better(bits: int) -> None:
     weight = make_gaussian()
     layer, row = (relative_error(weight, fit(weight, bits, scope=scope)) for scope in SCOPES)
-    assert 0.9 * layer < row < layer
+    assert (0.94 if bits < 5 else 0.9) * layer < row < layer
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4))

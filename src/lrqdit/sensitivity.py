@@ -111,7 +111,7 @@ def choose_bits(
     dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
     """Weight bits by layer: the smallest sum of predicted changes within ``config.average_bits`` of the whole module,
-    or, if that is None, within what the layers would take as they are, and at most the smallest bits above it.
+    or, if that is None, within what the layers would take as they are without principal parts (or the least possible).
 
     Args:
         module: the original model.

@@ -10,7 +10,7 @@ feedforward form, where a level depends on a few earlier codes and on no state:
 The path runs over the **output channels** n of one input column. So a decoder needs the codes of the six channels
 before its own and nothing else, and GPTQ, which rounds a weight column by column and treats its rows alike, compensates
 as with any other levels: a column is the vector that it rounds at once. Of Gaussian weights the squared error is .0842,
-.0228, .0062 and .0016 at 2, 3, 4 and 5 bits, where the best scalar levels (Lloyd-Max) leave .1175, .0345, .0095 and
+.0228, .0062 and .0017 at 2, 3, 4 and 5 bits, where the best scalar levels (Lloyd-Max) leave .1175, .0345, .0095 and
 .0025.
 
 :func:`encode` finds the path of the least squared error Σ (w - scale · level)² in each column by the Viterbi algorithm.
