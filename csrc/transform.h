@@ -136,14 +136,14 @@ inline Product plan(const lrq_transform &t, int lanes) {
     return p;
 }
 
+template <class V, int N> LRQ_INLINE void apply_butterfly(float *first, int64_t inner) {
+    butterfly<V, N>([&](auto m) LRQ_LAMBDA { return load<V>(first + m * inner); },
+                    [&](auto m, V v) LRQ_LAMBDA { store(first + m * inner, v); });
+}
+
 template <class V, int N> LRQ_INLINE void apply_butterflies(float *x, int64_t outer, int64_t inner) {
-    constexpr int lanes = sizeof(V) / 4;
     for (int64_t o = 0; o < outer; ++o)
-        for (int64_t i = 0; i < inner; i += lanes) {
-            float *first = x + o * N * inner + i;
-            butterfly<V, N>([&](auto m) LRQ_LAMBDA { return load<V>(first + m * inner); },
-                            [&](auto m, V v) LRQ_LAMBDA { store(first + m * inner, v); });
-        }
+        for (int64_t i = 0; i < inner; i += sizeof(V) / 4) apply_butterfly<V, N>(x + o * N * inner + i, inner);
 }
 
 // A dense orthogonal matrix: y[j] = sum_m x[m] matrix[m, j].
@@ -300,65 +300,101 @@ inline Ready make_ready(const lrq_transform &t) {
 
 LRQ_INLINE Ints magnitude(Floats v) { return (Ints)v & 0x7fffffff; }
 
-// ((x - offset) * scale) of one row -> float32 (padded), zeros behind the width. Returns the largest magnitudes as
-// integers, which order like the floats, with NaN above all.
-inline Ints load_row(const Ready &r, int64_t row, float *out) {
-    const int64_t width = r.t->width, start = row * width;
+// What a row is read from; its own copies, because a store might change what Ready holds.
+struct Source {
+    const void *x;
+    int64_t start;
+    const float *offset, *scale;
+
+    Source(const Ready &r, int64_t row) : x(r.t->x), start(row * r.t->width), offset(r.offset), scale(r.scale) {}
+
+    // WIDTH centred and smoothed entries from k
+    template <int TYPE> LRQ_INLINE Floats load_smoothed(int64_t k) const {
+        return (load_as<TYPE>(x, start + k, WIDTH) - load<Floats>(offset + k)) * load<Floats>(scale + k);
+    }
+
+    // The same of entries `inner` apart from k, through the butterfly of order N.
+    template <int TYPE, int N> LRQ_INLINE void load_through(int64_t k, int64_t inner, float *out) const {
+        butterfly<Floats, N>([&](auto m) LRQ_LAMBDA { return load_smoothed<TYPE>(k + m * inner); },
+                             [&](auto m, Floats v) LRQ_LAMBDA { store(out + k + m * inner, v); });
+    }
+};
+
+// ((x - offset) * scale) of entries [from, to) of one row -> float32 (padded), zeros behind the width. Returns the largest
+// magnitudes as integers, which order like the floats, with NaN above all.
+inline Ints load_entries(const Ready &r, int64_t row, int64_t from, int64_t to, float *out) {
+    const Source source(r, row);
     Ints largest = {};
     with_type(r.t->x_type, [&](auto type) LRQ_LAMBDA {
-        const auto move = [&](int64_t k, int64_t count, bool is_plain) LRQ_LAMBDA {
-            Floats v = load_as<type>(r.t->x, start + k, count);
-            if (!is_plain) v = (v - load<Floats>(r.offset + k)) * load<Floats>(r.scale + k);
-            for (int64_t i = count; i < WIDTH; ++i) v[i] = 0;
+        const auto keep = [&](int64_t k, Floats v) LRQ_LAMBDA {
             largest = greater(largest, magnitude(v));
             store(out + k, v);
         };
-        int64_t k = 0;
-        if (r.scale)
-            for (; k + WIDTH <= width; k += WIDTH) move(k, WIDTH, false);
+        int64_t k = from;
+        if (source.scale)
+            for (; k + WIDTH <= to; k += WIDTH) keep(k, source.load_smoothed<type>(k));
         else
-            for (; k + WIDTH <= width; k += WIDTH) move(k, WIDTH, true);
-        if (k < width) move(k, width - k, !r.scale);
-        for (k = round_up(width, WIDTH); k < r.padded; k += WIDTH) store(out + k, Floats{});
+            for (; k + WIDTH <= to; k += WIDTH) keep(k, load_as<type>(source.x, source.start + k, WIDTH));
+        if (k < to) {
+            Floats v = load_as<type>(source.x, source.start + k, to - k);
+            if (source.scale) v = (v - load<Floats>(source.offset + k)) * load<Floats>(source.scale + k);
+            for (int64_t i = to - k; i < WIDTH; ++i) v[i] = 0;
+            keep(k, v);
+        }
+        for (k = round_up(to, WIDTH); to == r.t->width && k < r.padded; k += WIDTH) store(out + k, Floats{});
     });
     return largest;
 }
+
+inline Ints load_row(const Ready &r, int64_t row, float *out) { return load_entries(r, row, 0, r.t->width, out); }
 
 // load_row and the butterfly of the outermost axis in one pass.
 inline void load_row_through(const Ready &r, const Axis &axis, int64_t row, float *out) {
-    const int64_t inner = axis.inner, block = axis.order * inner;
+    const int64_t inner = axis.inner, block = axis.order * inner, width = r.t->width;
+    const Source from(r, row);
     with_type(r.t->x_type, [&](auto type) LRQ_LAMBDA {
         with_order(axis.order, [&](auto n) LRQ_LAMBDA {
-            for (int64_t first = 0; first < r.t->width; first += block)
-                for (int64_t k = first; k < first + inner; k += WIDTH)
-                    butterfly<Floats, n>(
-                        [&](auto m) LRQ_LAMBDA {
-                            const int64_t at = k + m * inner;
-                            const Floats v = load_as<type>(r.t->x, row * r.t->width + at, WIDTH);
-                            return (v - load<Floats>(r.offset + at)) * load<Floats>(r.scale + at);
-                        },
-                        [&](auto m, Floats v) LRQ_LAMBDA { store(out + k + m * inner, v); });
+            for (int64_t first = 0; first < width; first += block)
+                for (int64_t k = first; k < first + inner; k += WIDTH) from.load_through<type, n>(k, inner, out);
         });
     });
 }
 
-// The butterflies of TAIL neighbours; returns the largest magnitudes. `next`, `bytes` an entry, is fetched on the way.
-template <int TAIL> LRQ_INLINE Ints mix_tail(float *x, int64_t width, const char *next, int64_t bytes) {
+// The butterfly of TAIL neighbours, or of as many as a register holds; returns the largest magnitudes beside `largest`.
+template <int TAIL> LRQ_INLINE Ints mix_neighbours(float *x, Ints largest) {
     constexpr int vectors = TAIL > WIDTH ? TAIL / WIDTH : 1;
+    Floats v[vectors];
+    unroll<vectors>([&](auto i) LRQ_LAMBDA {
+        v[i] = mix_register<TAIL < WIDTH ? TAIL : WIDTH>(load<Floats>(x + WIDTH * i));
+    });
+    butterfly_power<Floats, vectors>(v);
+    unroll<vectors>([&](auto i) LRQ_LAMBDA {
+        largest = greater(largest, magnitude(v[i]));
+        store(x + WIDTH * i, v[i]);
+    });
+    return largest;
+}
+
+// The same over a row; `next`, `bytes` an entry, is fetched on the way.
+template <int TAIL> LRQ_INLINE Ints mix_tail(float *x, int64_t width, const char *next, int64_t bytes) {
+    constexpr int64_t step = TAIL > WIDTH ? TAIL : WIDTH;
     Ints largest = {};
-    for (int64_t k = 0; k < width; k += WIDTH * vectors) {
-        for (int64_t b = 0; b < WIDTH * vectors * bytes; b += 64) __builtin_prefetch(next + k * bytes + b, 0, 2);
-        Floats v[vectors];
-        unroll<vectors>([&](auto i) LRQ_LAMBDA {
-            v[i] = mix_register<TAIL < WIDTH ? TAIL : WIDTH>(load<Floats>(x + k + WIDTH * i));
-        });
-        butterfly_power<Floats, vectors>(v);
-        unroll<vectors>([&](auto i) LRQ_LAMBDA {
-            largest = greater(largest, magnitude(v[i]));
-            store(x + k + WIDTH * i, v[i]);
-        });
+    for (int64_t k = 0; k < width; k += step) {
+        for (int64_t b = 0; b < step * bytes; b += 64) __builtin_prefetch(next + k * bytes + b, 0, 2);
+        largest = mix_neighbours<TAIL>(x + k, largest);
     }
     return largest;
+}
+
+// body(tail as a compile-time constant)
+template <class Body> LRQ_INLINE void with_tail(int64_t tail, Body &&body) {
+    switch (tail) {
+        case 8: return body(std::integral_constant<int, 8>{});
+        case 16: return body(std::integral_constant<int, 16>{});
+        case 32: return body(std::integral_constant<int, 32>{});
+        case 64: return body(std::integral_constant<int, 64>{});
+        default: return body(std::integral_constant<int, 128>{});
+    }
 }
 
 // All of a rotated row that is worked on by itself; returns the largest magnitudes.
@@ -372,13 +408,9 @@ inline Ints rotate_row(const Ready &r, int64_t row, float *out) {
     else
         load_row(r, row, out);
     apply_axes(out, p, count, width);
-    switch (p.tail) {
-        case 8: return mix_tail<8>(out, width, next, bytes);
-        case 16: return mix_tail<16>(out, width, next, bytes);
-        case 32: return mix_tail<32>(out, width, next, bytes);
-        case 64: return mix_tail<64>(out, width, next, bytes);
-        default: return mix_tail<128>(out, width, next, bytes);
-    }
+    Ints largest;
+    with_tail(p.tail, [&](auto tail) LRQ_LAMBDA { largest = mix_tail<tail>(out, width, next, bytes); });
+    return largest;
 }
 
 // Rows side by side: rows (count, padded) -> (width, 8) -> products -> back.
@@ -413,9 +445,12 @@ LRQ_INLINE Ints largest_of(const float *row, int64_t width) {
 // Calls finish(row index, float32 row with zeros behind the width, its largest magnitudes) for up to 8 transformed rows.
 template <class Finish> LRQ_INLINE void transform_rows(const Ready &r, int64_t first, int64_t count, Finish &&finish) {
     const int64_t width = r.t->width;
-    const int64_t held = r.is_side_by_side ? ROWS_PER_TASK : 1;  // one row stays in the first cache
-    float *rows = static_cast<float *>(scratch(SLOT_ROWS, sizeof(float) * (2 * held * r.padded + 64)));
-    float *spare = rows + held * r.padded + 16;
+    const bool is_plain = r.t->rotation == LRQ_NONE;
+    // One row stays in the first cache, so do offsets and scales; where they do not, some rows share what is there of them.
+    const int64_t shared = width <= 2048 ? 1 : least(ROWS_PER_TASK, greatest((36 << 10) / width, 1));
+    const int64_t held = r.is_side_by_side ? ROWS_PER_TASK : is_plain ? shared : 1, stride = r.padded + 16;
+    float *rows = static_cast<float *>(scratch(SLOT_ROWS, sizeof(float) * (2 * held * stride + 64)));
+    float *spare = rows + held * stride;
     if (r.is_side_by_side) {
         for (int64_t i = 0; i < count; ++i) load_row(r, first + i, rows + i * r.padded);
         rotate_side_by_side(r, rows, count, spare);
@@ -423,11 +458,20 @@ template <class Finish> LRQ_INLINE void transform_rows(const Ready &r, int64_t f
             finish(first + i, rows + i * r.padded, largest_of(rows + i * r.padded, width));
         return;
     }
+    for (int64_t batch = 0; is_plain && batch < count; batch += held) {
+        const int64_t batch_rows = least(held, count - batch), some = held > 1 ? 1024 : width;
+        Ints largest[ROWS_PER_TASK] = {};
+        for (int64_t k = 0; k < width; k += some)
+            for (int64_t i = 0; i < batch_rows; ++i) {
+                const Ints found =
+                    load_entries(r, first + batch + i, k, least(k + some, width), rows + i * stride);
+                largest[i] = greater(largest[i], found);
+            }
+        for (int64_t i = 0; i < batch_rows; ++i) finish(first + batch + i, rows + i * stride, largest[i]);
+    }
+    if (is_plain) return;
     for (int64_t i = first; i < first + count; ++i) {
-        if (r.t->rotation == LRQ_NONE) {
-            const Ints largest = load_row(r, i, rows);
-            finish(i, rows, largest);
-        } else if (r.t->rotation == LRQ_OUTLIER) {
+        if (r.t->rotation == LRQ_OUTLIER) {
             const int64_t order = r.t->factors[0];
             load_row(r, i, rows);
             multiply_blocks(rows, spare, width / order, order, r.block1);
@@ -452,35 +496,31 @@ inline void apply_transform(const lrq_transform &t, int threads, float *out) {
     });
 }
 
-// One row (zeros behind its width) and its largest magnitudes -> codes and step.
-LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int bits, float clip_over_largest,
-                              int8_t *codes) {
-    int32_t top = 0;
-    for (int i = 0; i < WIDTH; ++i) top = largest[i] > top ? largest[i] : top;
-    float absmax;
-    __builtin_memcpy(&absmax, &top, 4);
-    const float step = absmax * clip_over_largest;
-    const Floats inverse = splat(step > 1.17549435e-38f ? 1.0f / step : 0.0f);
-    const int32_t most = (1 << (bits - 1)) - 1;
-    const bool is_byte = bits == 8;
-    const Ints high = most - (Ints){}, low = -most - 1 - (Ints){};
-    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer, rounded half to even
-    const auto quantize = [&](int64_t k) LRQ_LAMBDA {
-        const Ints code = (Ints)(load<Floats>(row + k) * inverse + magic) - 0x4b400000;
-        return is_byte ? saturate(code) : narrow(lesser(greater(code, low), high));
-    };
-    int64_t k = 0;
-    for (; k + WIDTH <= width; k += WIDTH) store(codes + k, quantize(k));
-    if (k < width) {
-        const Bytes last = quantize(k);
-        __builtin_memcpy(codes + k, &last, width - k);
-    }
-    return step;
-}
-
 // A lookup of codes in vectors, if it is odd and has at most one step in every 16 magnitudes.
 struct Staircase {
     alignas(16) uint8_t low[16], high[16], step[16];  // by magnitude / 16: levels before and from the step, its place
+
+    LRQ_INLINE i8x16 climb(i8x16 code) const {
+        const i8x16 is_negative = code < 0;
+        const i8x16 magnitude = (code ^ is_negative) - is_negative, block = magnitude >> 4 & 15;
+        const i8x16 is_low = (magnitude & 15) < look_up(load<u8x16>(step), block);
+        const i8x16 level = (look_up(load<u8x16>(low), block) & is_low) | (look_up(load<u8x16>(high), block) & ~is_low);
+        return (level ^ is_negative) - is_negative;
+    }
+#if defined(__AVX512BW__)
+    LRQ_INLINE i8x64 climb(i8x64 code) const {
+        const auto wide = [](const uint8_t *table) LRQ_LAMBDA {
+            return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
+        };
+        const __m512i magnitude = _mm512_abs_epi8((__m512i)code), nibble = _mm512_set1_epi8(15);
+        const __m512i block = _mm512_and_si512(_mm512_srli_epi16(magnitude, 4), nibble);
+        const __mmask64 is_low = _mm512_cmplt_epu8_mask(_mm512_and_si512(magnitude, nibble),
+                                                        _mm512_shuffle_epi8(wide(step), block));
+        const __m512i level =
+            _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(wide(high), block), is_low, wide(low), block);
+        return (i8x64)_mm512_mask_sub_epi8(level, _mm512_movepi8_mask((__m512i)code), _mm512_setzero_si512(), level);
+    }
+#endif
 };
 
 inline bool build_staircase(const int8_t *lookup, Staircase &s) {
@@ -499,25 +539,77 @@ inline bool build_staircase(const int8_t *lookup, Staircase &s) {
     return true;
 }
 
-inline void map_codes(int8_t *codes, int64_t count, const int8_t *lookup, const Staircase *stairs) {
-    int64_t k = 0;
-    if (stairs) {
-        const u8x16 lows = load<u8x16>(stairs->low), highs = load<u8x16>(stairs->high);
-        const u8x16 steps = load<u8x16>(stairs->step);
-        const auto map = [&](auto code) LRQ_LAMBDA {
-            const auto is_negative = code < 0;
-            using S = decltype(code);
-            const S magnitude = (code ^ is_negative) - is_negative, block = magnitude >> 4 & 15;
-            const S is_low = (magnitude & 15) < look_up(steps, block);
-            const S level = (look_up(lows, block) & is_low) | (look_up(highs, block) & ~is_low);
-            store(codes + k, (S)((level ^ is_negative) - is_negative));
-        };
 #if defined(__AVX512BW__)
-        for (; k + 64 <= count; k += 64) map(load<i8x64>(codes + k));
+// Four registers of integers, saturated to bytes.
+LRQ_INLINE i8x64 saturate(const Ints (&v)[4]) {
+    const __m512i low = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]);
+    const __m512i high = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (i8x64)_mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));  // packs work lane by lane
+}
 #endif
-        for (; k + 16 <= count; k += 16) map(load<i8x16>(codes + k));
+
+LRQ_INLINE Ints round_entries(const float *row, Floats inverse) {
+    const Floats v = load<Floats>(row) * inverse;
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvt_roundps_epi32((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer, rounded half to even
+    return (Ints)(v + magic) - 0x4b400000;
+#endif
+}
+
+#if defined(__AVX512BW__)
+// 64 entries -> codes; stairs: what becomes of each code, or nullptr.
+LRQ_INLINE i8x64 quantize_entries(const float *row, Floats inverse, int bits, const Staircase *stairs) {
+    const Ints v[4] = {round_entries(row, inverse), round_entries(row + 16, inverse), round_entries(row + 32, inverse),
+                       round_entries(row + 48, inverse)};
+    const int most = (1 << (bits - 1)) - 1;
+    const __m512i code = _mm512_min_epi8((__m512i)saturate(v), _mm512_set1_epi8(static_cast<char>(most)));
+    const i8x64 clamped = (i8x64)_mm512_max_epi8(code, _mm512_set1_epi8(static_cast<char>(-most - 1)));
+    return stairs ? stairs->climb(clamped) : clamped;
+}
+#endif
+
+// One row (zeros behind its width) and its largest magnitudes -> codes and step. A row that is not finite has a step that
+// is not, and zeros for codes.
+LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int bits, float clip_over_largest,
+                              const Staircase *stairs, int8_t *codes) {
+    int32_t top = 0;
+    for (int i = 0; i < WIDTH; ++i) top = largest[i] > top ? largest[i] : top;
+    float absmax;
+    __builtin_memcpy(&absmax, &top, 4);
+    const float step = absmax * clip_over_largest;
+    if (!(step <= 3.40282347e38f)) {
+        __builtin_memset(codes, 0, width);
+        return step;
     }
-    for (; k < count; ++k) codes[k] = lookup[codes[k] + 128];
+    const Floats inverse = splat(step > 1.17549435e-38f ? 1.0f / step : 0.0f);
+    int64_t k = 0;
+#if defined(__AVX512BW__)
+    if (stairs)
+        for (; k + 64 <= width; k += 64) store(codes + k, quantize_entries(row + k, inverse, bits, stairs));
+    else
+        for (; k + 64 <= width; k += 64) store(codes + k, quantize_entries(row + k, inverse, bits, nullptr));
+#endif
+    const int64_t rest = k;
+    const Ints high = (1 << (bits - 1)) - 1 - (Ints){}, low = -1 - high;
+    const auto quantize = [&](int64_t k) LRQ_LAMBDA {
+        const Ints code = round_entries(row + k, inverse);
+        return bits == 8 ? saturate(code) : narrow(lesser(greater(code, low), high));
+    };
+    for (; k + WIDTH <= width; k += WIDTH) store(codes + k, quantize(k));
+    if (k < width) {
+        const Bytes last = quantize(k);
+        __builtin_memcpy(codes + k, &last, width - k);
+    }
+    for (k = rest; stairs && k < width; k += 16) {
+        i8x16 some = {};
+        __builtin_memcpy(&some, codes + k, least(16, width - k));
+        some = stairs->climb(some);
+        __builtin_memcpy(codes + k, &some, least(16, width - k));
+    }
+    return step;
 }
 
 // Rounds the tokens of one call, any rows at a time.
@@ -543,8 +635,9 @@ struct Rounder {
         const int64_t width = ready.t->width;
         transform_rows(ready, first, count, [&](int64_t i, const float *row, Ints largest) {
             int8_t *out = codes + i * width;
-            scale[i] = quantize_row(row, largest, width, bits, clip_over_largest, out);
-            if (lookup) map_codes(out, width, lookup, is_staircase ? &stairs : nullptr);
+            scale[i] = quantize_row(row, largest, width, bits, clip_over_largest, is_staircase ? &stairs : nullptr, out);
+            if (lookup && !is_staircase)
+                for (int64_t k = 0; k < width; ++k) out[k] = lookup[out[k] + 128];
         });
     }
 };

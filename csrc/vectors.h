@@ -142,7 +142,11 @@ LRQ_INLINE Bytes saturate(Ints v) {
 }
 
 LRQ_INLINE Floats from_bfloat16(Halves bits) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512BW__)  // every word to the upper half of its place
+    const __m512i place = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3,
+                                           0, 2, 0, 1, 0, 0, 0);
+    return (Floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, place, _mm512_castsi256_si512((__m256i)bits));
+#elif defined(__AVX2__)
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
 #else
     return (Floats)(__builtin_convertvector(bits, Words) << 16);
