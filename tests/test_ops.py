@@ -132,6 +132,18 @@ def test_decode_of_many_rows(monkeypatch):
     assert torch.equal(ops.decode_weight(weight[0], weight[1], 16, 40, 3).long(), dense)
 
 
+@pytest.mark.parametrize(
+    ("bits", "rows"), [(b, r) for b in (2, 3, 4, 5) for r in ("1", "trellis")] + [(6, "1")], ids=str
+)
+@pytest.mark.parametrize("in_features", [16, 41])
+def test_decode_in_parts(bits, rows, in_features, monkeypatch):
+    """Of eight tiles: a path goes on from one part to the next."""
+    monkeypatch.setattr(ops, "CACHE_BYTES", 1)
+    weight, dense = random_weight(150, in_features, bits, rows)
+    decoded = ops.decode_weight(weight[0], weight[1], in_features, 150, bits)
+    assert decoded.is_contiguous() and torch.equal(decoded.long(), dense)
+
+
 @pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
 def test_parts_in_cache_give_the_bits_of_the_whole(kind, monkeypatch):
     x, (weight, _) = random(75, 96), random_weight(150, 96, 4, "1")

@@ -21,7 +21,7 @@ from lrqdit import activation
 from lrqdit.packing import unpack
 from lrqdit.principal import outlet
 from lrqdit.rotation import MIN_ROWS, Rotation
-from lrqdit.trellis import find_places
+from lrqdit.trellis import find_places, order_by_place
 
 _TRANSFORM = (
     "Tensor x, Tensor? input_offset, Tensor? input_scale, str rotation, int[] factors, "
@@ -48,7 +48,7 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
         return _decode_pairs(packed, table[0], bits)[:out_features, :in_features].contiguous()
     codes = unpack(packed, out_features, in_features, bits)
     if table is None:
-        return (codes.int() - 128).to(torch.int8)
+        return (codes ^ 128).view(torch.int8)  # code - 128
     return torch.cat(
         [
             t.gather(1, chunk.long())
@@ -68,15 +68,16 @@ def _decode_pairs(packed: Tensor, table: Tensor, bits: int) -> Tensor:
     Two neighbouring inputs' places in the table, a byte each, are an index into all pairs of levels.
     """
     out_tiles, in_tiles, _ = packed.shape
-    weight = torch.empty(out_tiles, 16, in_tiles * 8, dtype=torch.int16, device=packed.device)
-    levels = table.short()
+    is_trellis = has_trellis(table[None], bits)
+    levels = (order_by_place(table, bits) if is_trellis else table).short()
     pairs = torch.nn.functional.pad((levels & 255) | (levels[:, None] << 8), (0, 256 - len(levels))).view(1, -1)
+    weight = torch.empty(out_tiles, 128 * in_tiles, dtype=torch.int16, device=packed.device)
     tiles = 8 + CACHE_BYTES // (256 * in_tiles)
     for start in range(0, out_tiles, tiles):
-        stop = min(start + tiles, out_tiles)
-        places = find_places(packed, start, stop, bits, has_trellis(table[None], bits))
-        index = places.view(torch.uint16).view(stop - start, -1).long()
-        weight[start:stop] = pairs.expand(stop - start, -1).gather(1, index).view(stop - start, 16, -1)
+        part = weight[start : start + tiles]
+        places = find_places(packed, start, start + len(part), bits, is_trellis)
+        index = places.view(torch.uint16).view(part.shape).long()
+        torch.gather(pairs.expand(len(part), -1), 1, index, out=part)
     return weight.view(torch.int8).view(16 * out_tiles, 16 * in_tiles)
 
 
