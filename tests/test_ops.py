@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrqdit import ops, rotation
+from lrqdit.activation import InputTransform, quantize_tokens
 from lrqdit.packing import pack
 
 NO_TRANSFORM = (None, None, "none", [], None, None, None)
@@ -155,3 +156,19 @@ def test_parts_in_cache_give_the_bits_of_the_whole(kind, monkeypatch):
         y = ops.reference_quantized_linear(codes, scale, *weight, torch.bfloat16)
         results.append((ops.reference_apply_transform(*arguments), codes, scale, y))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
+@pytest.mark.parametrize("shape", [(75, 96), (5, 96), (40, 1152), (33, 4222), (0, 24)])
+def test_working_memory_changes_nothing(kind, shape):
+    """The operators compute in memory of their own; the transform alone takes new memory for every step."""
+    x, arguments = random(*shape), transform_arguments(kind, shape[1])
+    before = x.clone()
+    parts = rotation.Rotation(kind, shape[1], tuple(arguments[3]), None, arguments[4], arguments[6], arguments[5])
+    expected = InputTransform(parts, *arguments[:2]).apply(x)
+    assert torch.equal(ops.reference_apply_transform(x, *arguments), expected)
+    for bits, levels in ((8, "uniform"), (4, "uniform"), (4, "normal")):
+        if shape[0]:
+            codes, scale = ops.reference_quantize_tokens(x, *arguments, bits, 0.9, levels)
+            assert all(map(torch.equal, (codes, scale), quantize_tokens(expected, bits, 0.9, levels)))
+    assert torch.equal(x, before)

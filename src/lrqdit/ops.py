@@ -29,7 +29,7 @@ _TRANSFORM = (
 )
 _WEIGHT = "Tensor packed, Tensor? table, Tensor row_scale, Tensor? bias, int bits, ScalarType out_dtype"
 ROWS_PER_CHUNK = 2048
-CACHE_BYTES = 2 << 20
+CACHE_BYTES = 4 << 20
 
 LIBRARY = torch.library.Library("lrqdit", "DEF")
 LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
@@ -97,9 +97,14 @@ def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 def parts_in_cache(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of equally many rows in parts of so many that a processor's cache keeps them through several passes, as
     float32 of this width; on a GPU all at once."""
-    is_cpu = tensors[0].device.type == "cpu"
-    rows = max(MIN_ROWS, CACHE_BYTES // (4 * width) // MIN_ROWS * MIN_ROWS) if is_cpu else max(1, len(tensors[0]))
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return zip(*(tensor.split(rows_in_cache(width, tensors[0])) for tensor in tensors), strict=True)
+
+
+def rows_in_cache(width: int, tensor: Tensor) -> int:
+    """How many rows of a tensor :func:`parts_in_cache` takes at a time."""
+    if tensor.device.type != "cpu":
+        return max(1, len(tensor))
+    return max(MIN_ROWS, CACHE_BYTES // (4 * width) // MIN_ROWS * MIN_ROWS)
 
 
 def _transform(
@@ -112,8 +117,9 @@ def _transform(
 def reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
     width, out = x.shape[-1], torch.empty(x.shape, dtype=torch.float32, device=x.device)
     transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
     for tokens, to in parts_in_cache(width, x, out):
-        to.copy_(transform.apply(tokens))
+        to.copy_(transform.apply(tokens, work[:, : len(tokens)]))
     return out
 
 
@@ -123,11 +129,9 @@ def reference_quantize_tokens(
     width, codes = x.shape[-1], torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
     transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
     for tokens, *to in parts_in_cache(width, x, codes, scale):
-        for part, found in zip(
-            to, activation.quantize_tokens(transform.apply(tokens), bits, clip, levels), strict=True
-        ):
-            part.copy_(found)
+        activation.quantize_into(*to, transform.apply(tokens, work[:, : len(tokens)]), bits, clip, levels)
     return codes, scale
 
 
@@ -135,8 +139,9 @@ def reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bit
     weight = decode_weight(packed, table, codes.shape[1], row_scale.shape[0], bits)
     sums = integer_matmul(codes, weight)
     out = torch.empty(sums.shape, dtype=out_dtype, device=sums.device)
-    for part, step, to in parts_in_cache(len(weight), sums, scale, out):
-        y = part.float().mul_(row_scale).mul_(step[:, None])
+    # the products lie where their sums were: as few bytes as possible go through the cache
+    for part, y, step, to in parts_in_cache(len(weight), sums, sums.view(torch.float32), scale, out):
+        y.copy_(part).mul_(row_scale).mul_(step[:, None])
         to.copy_(y if bias is None else y.add_(bias))
     return out
 
