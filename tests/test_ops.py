@@ -172,3 +172,21 @@ def test_working_memory_changes_nothing(kind, shape):
             codes, scale = ops.reference_quantize_tokens(x, *arguments, bits, 0.9, levels)
             assert all(map(torch.equal, (codes, scale), quantize_tokens(expected, bits, 0.9, levels)))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads):
+    x, (weight, _) = random(200, 1152), random_weight(150, 1152, 3, "trellis")
+
+    def compute():
+        codes, scale = ops.reference_quantize_tokens(x, *transform_arguments("hadamard", 1152), 4, 0.9, "normal")
+        return codes, scale, ops.reference_quantized_linear(codes, scale, *weight, torch.bfloat16)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = compute()
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, compute(), expected))
+    finally:
+        torch.set_num_threads(before)

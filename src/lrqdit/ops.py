@@ -29,7 +29,7 @@ _TRANSFORM = (
 )
 _WEIGHT = "Tensor packed, Tensor? table, Tensor row_scale, Tensor? bias, int bits, ScalarType out_dtype"
 ROWS_PER_CHUNK = 2048
-CACHE_BYTES = 4 << 20
+CACHE_BYTES = 5 << 20
 
 LIBRARY = torch.library.Library("lrqdit", "DEF")
 LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
@@ -72,7 +72,7 @@ def _decode_pairs(packed: Tensor, table: Tensor, bits: int) -> Tensor:
     levels = (order_by_place(table, bits) if is_trellis else table).short()
     pairs = torch.nn.functional.pad((levels & 255) | (levels[:, None] << 8), (0, 256 - len(levels))).view(1, -1)
     weight = torch.empty(out_tiles, 128 * in_tiles, dtype=torch.int16, device=packed.device)
-    tiles = 8 + CACHE_BYTES // (256 * in_tiles)
+    tiles = max(8, -(-out_tiles // -(-weight.nbytes // CACHE_BYTES)))  # in equal parts
     for start in range(0, out_tiles, tiles):
         part = weight[start : start + tiles]
         places = find_places(packed, start, start + len(part), bits, is_trellis)
@@ -95,16 +95,16 @@ def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def parts_in_cache(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of equally many rows in parts of so many that a processor's cache keeps them through several passes, as
-    float32 of this width; on a GPU all at once."""
-    return zip(*(tensor.split(rows_in_cache(width, tensors[0])) for tensor in tensors), strict=True)
+    """Tensors of equally many rows in parts of :func:`rows_in_cache`."""
+    rows = rows_in_cache(width, tensors[0])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def rows_in_cache(width: int, tensor: Tensor) -> int:
-    """How many rows of a tensor :func:`parts_in_cache` takes at a time."""
-    if tensor.device.type != "cpu":
-        return max(1, len(tensor))
-    return max(MIN_ROWS, CACHE_BYTES // (4 * width) // MIN_ROWS * MIN_ROWS)
+    """How many rows of a tensor a processor's cache keeps through several passes, as float32 of this width: the tensor
+    in equal parts; on a GPU all at once."""
+    parts = -(-4 * width * len(tensor) // CACHE_BYTES) if tensor.device.type == "cpu" else 1
+    return MIN_ROWS * max(1, -(-len(tensor) // (MIN_ROWS * max(1, parts))))
 
 
 def _transform(
