@@ -72,7 +72,7 @@ def _decode_pairs(packed: Tensor, table: Tensor, bits: int) -> Tensor:
     levels = (order_by_place(table, bits) if is_trellis else table).short()
     pairs = torch.nn.functional.pad((levels & 255) | (levels[:, None] << 8), (0, 256 - len(levels))).view(1, -1)
     weight = torch.empty(out_tiles, 128 * in_tiles, dtype=torch.int16, device=packed.device)
-    tiles = max(8, -(-out_tiles // -(-weight.nbytes // CACHE_BYTES)))  # in equal parts
+    tiles = max(8, -(-out_tiles // -(-2 * weight.nbytes // CACHE_BYTES)))  # an index takes four times as much
     for start in range(0, out_tiles, tiles):
         part = weight[start : start + tiles]
         places = find_places(packed, start, start + len(part), bits, is_trellis)
