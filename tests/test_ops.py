@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrqdit import ops, rotation
+from lrqdit.activation import InputTransform, quantize_tokens
 from lrqdit.packing import pack
 
 NO_TRANSFORM = (None, None, "none", [], None, None, None)
@@ -132,6 +133,18 @@ def test_decode_of_many_rows(monkeypatch):
     assert torch.equal(ops.decode_weight(weight[0], weight[1], 16, 40, 3).long(), dense)
 
 
+@pytest.mark.parametrize(
+    ("bits", "rows"), [(b, r) for b in (2, 3, 4, 5) for r in ("1", "trellis")] + [(6, "1")], ids=str
+)
+@pytest.mark.parametrize("in_features", [16, 41])
+def test_decode_in_parts(bits, rows, in_features, monkeypatch):
+    """Of eight tiles: a path goes on from one part to the next."""
+    monkeypatch.setattr(ops, "CACHE_BYTES", 1)
+    weight, dense = random_weight(150, in_features, bits, rows)
+    decoded = ops.decode_weight(weight[0], weight[1], in_features, 150, bits)
+    assert decoded.is_contiguous() and torch.equal(decoded.long(), dense)
+
+
 @pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
 def test_parts_in_cache_give_the_bits_of_the_whole(kind, monkeypatch):
     x, (weight, _) = random(75, 96), random_weight(150, 96, 4, "1")
@@ -143,3 +156,37 @@ def test_parts_in_cache_give_the_bits_of_the_whole(kind, monkeypatch):
         y = ops.reference_quantized_linear(codes, scale, *weight, torch.bfloat16)
         results.append((ops.reference_apply_transform(*arguments), codes, scale, y))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
+@pytest.mark.parametrize("shape", [(75, 96), (5, 96), (40, 1152), (33, 4222), (0, 24)])
+def test_working_memory_changes_nothing(kind, shape):
+    """The operators compute in memory of their own; the transform alone takes new memory for every step."""
+    x, arguments = random(*shape), transform_arguments(kind, shape[1])
+    before = x.clone()
+    parts = rotation.Rotation(kind, shape[1], tuple(arguments[3]), None, arguments[4], arguments[6], arguments[5])
+    expected = InputTransform(parts, *arguments[:2]).apply(x)
+    assert torch.equal(ops.reference_apply_transform(x, *arguments), expected)
+    for bits, levels in ((8, "uniform"), (4, "uniform"), (4, "normal")):
+        if shape[0]:
+            codes, scale = ops.reference_quantize_tokens(x, *arguments, bits, 0.9, levels)
+            assert all(map(torch.equal, (codes, scale), quantize_tokens(expected, bits, 0.9, levels)))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads):
+    x, (weight, _) = random(200, 1152), random_weight(150, 1152, 3, "trellis")
+
+    def compute():
+        codes, scale = ops.reference_quantize_tokens(x, *transform_arguments("hadamard", 1152), 4, 0.9, "normal")
+        return codes, scale, ops.reference_quantized_linear(codes, scale, *weight, torch.bfloat16)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = compute()
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, compute(), expected))
+    finally:
+        torch.set_num_threads(before)

@@ -21,7 +21,7 @@ from lrqdit import activation
 from lrqdit.packing import unpack
 from lrqdit.principal import outlet
 from lrqdit.rotation import MIN_ROWS, Rotation
-from lrqdit.trellis import find_places
+from lrqdit.trellis import find_places, order_by_place
 
 _TRANSFORM = (
     "Tensor x, Tensor? input_offset, Tensor? input_scale, str rotation, int[] factors, "
@@ -29,7 +29,7 @@ _TRANSFORM = (
 )
 _WEIGHT = "Tensor packed, Tensor? table, Tensor row_scale, Tensor? bias, int bits, ScalarType out_dtype"
 ROWS_PER_CHUNK = 2048
-CACHE_BYTES = 2 << 20
+CACHE_BYTES = 5 << 20
 
 LIBRARY = torch.library.Library("lrqdit", "DEF")
 LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
@@ -48,7 +48,7 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
         return _decode_pairs(packed, table[0], bits)[:out_features, :in_features].contiguous()
     codes = unpack(packed, out_features, in_features, bits)
     if table is None:
-        return (codes.int() - 128).to(torch.int8)
+        return (codes ^ 128).view(torch.int8)  # code - 128
     return torch.cat(
         [
             t.gather(1, chunk.long())
@@ -68,15 +68,16 @@ def _decode_pairs(packed: Tensor, table: Tensor, bits: int) -> Tensor:
     Two neighbouring inputs' places in the table, a byte each, are an index into all pairs of levels.
     """
     out_tiles, in_tiles, _ = packed.shape
-    weight = torch.empty(out_tiles, 16, in_tiles * 8, dtype=torch.int16, device=packed.device)
-    levels = table.short()
+    is_trellis = has_trellis(table[None], bits)
+    levels = (order_by_place(table, bits) if is_trellis else table).short()
     pairs = torch.nn.functional.pad((levels & 255) | (levels[:, None] << 8), (0, 256 - len(levels))).view(1, -1)
-    tiles = 8 + CACHE_BYTES // (256 * in_tiles)
+    weight = torch.empty(out_tiles, 128 * in_tiles, dtype=torch.int16, device=packed.device)
+    tiles = max(8, -(-out_tiles // -(-2 * weight.nbytes // CACHE_BYTES)))  # an index takes four times as much
     for start in range(0, out_tiles, tiles):
-        stop = min(start + tiles, out_tiles)
-        places = find_places(packed, start, stop, bits, has_trellis(table[None], bits))
-        index = places.view(torch.uint16).view(stop - start, -1).long()
-        weight[start:stop] = pairs.expand(stop - start, -1).gather(1, index).view(stop - start, 16, -1)
+        part = weight[start : start + tiles]
+        places = find_places(packed, start, start + len(part), bits, is_trellis)
+        index = places.view(torch.uint16).view(part.shape).long()
+        torch.gather(pairs.expand(len(part), -1), 1, index, out=part)
     return weight.view(torch.int8).view(16 * out_tiles, 16 * in_tiles)
 
 
@@ -94,11 +95,16 @@ def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def parts_in_cache(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of equally many rows in parts of so many that a processor's cache keeps them through several passes, as
-    float32 of this width; on a GPU all at once."""
-    is_cpu = tensors[0].device.type == "cpu"
-    rows = max(MIN_ROWS, CACHE_BYTES // (4 * width) // MIN_ROWS * MIN_ROWS) if is_cpu else max(1, len(tensors[0]))
+    """Tensors of equally many rows in parts of :func:`rows_in_cache`."""
+    rows = rows_in_cache(width, tensors[0])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def rows_in_cache(width: int, tensor: Tensor) -> int:
+    """How many rows of a tensor a processor's cache keeps through several passes, as float32 of this width: the tensor
+    in equal parts; on a GPU all at once."""
+    parts = -(-4 * width * len(tensor) // CACHE_BYTES) if tensor.device.type == "cpu" else 1
+    return MIN_ROWS * max(1, -(-len(tensor) // (MIN_ROWS * max(1, parts))))
 
 
 def _transform(
@@ -111,8 +117,9 @@ def _transform(
 def reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
     width, out = x.shape[-1], torch.empty(x.shape, dtype=torch.float32, device=x.device)
     transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
     for tokens, to in parts_in_cache(width, x, out):
-        to.copy_(transform.apply(tokens))
+        to.copy_(transform.apply(tokens, work[:, : len(tokens)]))
     return out
 
 
@@ -122,11 +129,9 @@ def reference_quantize_tokens(
     width, codes = x.shape[-1], torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
     transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
+    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
     for tokens, *to in parts_in_cache(width, x, codes, scale):
-        for part, found in zip(
-            to, activation.quantize_tokens(transform.apply(tokens), bits, clip, levels), strict=True
-        ):
-            part.copy_(found)
+        activation.quantize_into(*to, transform.apply(tokens, work[:, : len(tokens)]), bits, clip, levels)
     return codes, scale
 
 
@@ -134,8 +139,9 @@ def reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bit
     weight = decode_weight(packed, table, codes.shape[1], row_scale.shape[0], bits)
     sums = integer_matmul(codes, weight)
     out = torch.empty(sums.shape, dtype=out_dtype, device=sums.device)
-    for part, step, to in parts_in_cache(len(weight), sums, scale, out):
-        y = part.float().mul_(row_scale).mul_(step[:, None])
+    # the products lie where their sums were: as few bytes as possible go through the cache
+    for part, y, step, to in parts_in_cache(len(weight), sums, sums.view(torch.float32), scale, out):
+        y.copy_(part).mul_(row_scale).mul_(step[:, None])
         to.copy_(y if bias is None else y.add_(bias))
     return out
 

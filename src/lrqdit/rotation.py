@@ -81,9 +81,12 @@ class Rotation:
         """
         return self._rotate(self._multiply_signs(self._checked("apply", x)))
 
-    def apply_without_signs(self, x: Tensor) -> Tensor:
-        """Return x R for an x that the caller has already multiplied by `signs`; otherwise as `apply`."""
-        return self._rotate(self._checked("apply_without_signs", x))
+    def apply_without_signs(self, x: Tensor, work: Tensor | None = None) -> Tensor:
+        """Return x R for an x that the caller has already multiplied by `signs`; otherwise as `apply`.
+
+        With `work`, float32 and contiguous like x, both may be overwritten, and the result may lie in either.
+        """
+        return self._rotate(self._checked("apply_without_signs", x), work=work)
 
     def apply_transpose(self, x: Tensor) -> Tensor:
         """Return x Rᵀ, the inverse of `apply`; arguments, result and errors as there."""
@@ -144,12 +147,12 @@ class Rotation:
     def _multiply_signs(self, x: Tensor) -> Tensor:
         return x if self.signs is None else x * self.signs.to(x.device)
 
-    def _rotate(self, x: Tensor, is_inverse: bool = False) -> Tensor:
+    def _rotate(self, x: Tensor, is_inverse: bool = False, work: Tensor | None = None) -> Tensor:
         if self.kind == "hadamard":
-            return _rotate_width(x, self.factors, is_inverse)
+            return _rotate_width(x, self.factors, is_inverse, work)
         if self.kind == "block_hadamard":
             block = factor_matrix(self.factors[0], x.device)
-            return _rotate_blocks(x, block.T if is_inverse else block)
+            return _rotate_blocks(x, block.T if is_inverse else block, work)
         if self.block1 is None or self.block2 is None or self.permutation is None:
             return x
         block1, block2, permutation = (t.to(x.device) for t in (self.block1, self.block2, self.permutation))
@@ -325,11 +328,11 @@ def _independent_magnitudes(rows: Tensor, matrix: Tensor) -> Tensor:
     return (rows.unflatten(-1, (-1, len(matrix))).double().square() @ matrix.square()).sqrt()
 
 
-def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool = False) -> Tensor:
+def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool, work: Tensor | None) -> Tensor:
     """Multiply the last axis by the Kronecker product of the factors, or by two overlapping ones if it is narrower."""
     width, covered = x.shape[-1], math.prod(map(abs, factors))
     if covered == width:
-        return _multiply_kronecker(x, factors, is_inverse)
+        return _multiply_kronecker(x, factors, is_inverse, work)
     # Signs in between keep the second product from undoing what the first has spread.
     index = torch.arange(width, device=x.device)
     signs = 1.0 - 2.0 * (index * index * 40503 >> 15 & 1).float()
@@ -341,23 +344,30 @@ def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool = False)
     return x
 
 
-def _multiply_kronecker(x: Tensor, factors: tuple[int, ...], is_inverse: bool = False) -> Tensor:
+def _multiply_kronecker(
+    x: Tensor, factors: tuple[int, ...], is_inverse: bool = False, work: Tensor | None = None
+) -> Tensor:
     shape, inner = x.shape, 1
     for group in reversed(merge_factors(factors)):
         matrix = kronecker_matrix(group, x.device)
         matrix, order = matrix.T if is_inverse else matrix, len(matrix)
-        rows = x.numel() // (order * inner)
-        x = _rotate_blocks(x, matrix) if inner == 1 else matrix.T @ x.reshape(rows, order, inner)
+        if inner == 1:
+            y = _rotate_blocks(x, matrix, work)
+        else:
+            x = x.reshape(x.numel() // (order * inner), order, inner)
+            matrices = matrix.T.expand(len(x), order, order)
+            y = torch.bmm(matrices, x, out=None if work is None else work.view(x.shape))
+        x, work = y, None if work is None else x
         inner *= order
     return x.reshape(shape)
 
 
-def _rotate_blocks(x: Tensor, block: Tensor) -> Tensor:
+def _rotate_blocks(x: Tensor, block: Tensor, work: Tensor | None = None) -> Tensor:
     rows = x.reshape(x.numel() // len(block), len(block))
     if len(rows) < MIN_ROWS:
         padded = torch.cat((rows, rows.new_zeros(MIN_ROWS - len(rows), len(block))))
         return (padded @ block)[: len(rows)].reshape(x.shape)
-    return (rows @ block).reshape(x.shape)
+    return torch.mm(rows, block, out=None if work is None else work.view(rows.shape)).reshape(x.shape)
 
 
 def _random_signs(in_features: int, generator: torch.Generator) -> Tensor:

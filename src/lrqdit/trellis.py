@@ -73,48 +73,65 @@ def level_index(codes: Tensor) -> Tensor:
 
 
 def find_places(packed: Tensor, start: int, stop: int, bits: int, is_trellis: bool) -> Tensor:
-    """Which level of a layer's table each code of the output tiles start ... stop - 1 stands for.
+    """Which level of :func:`order_by_place` each code of the output tiles start ... stop - 1 stands for.
 
     The path is followed on packed bytes, which hold the codes of several channels: uint8 (tiles, input tiles, 32 bits),
-    see packing.py, -> uint8 (16 * (stop - start), 16 * input tiles).
+    see packing.py, -> uint8 (16 * (stop - start), 16 * input tiles). From its lowest bit on a place holds the lower
+    part of the code, the parity (of a trellis only) and the higher part.
     """
     low, high = (*PARTS[bits], 0)[:2]
-    in_tiles, planes, width = packed.shape[1], low // 2, 16 * packed.shape[1]
-    tiles = packed[max(0, start - 1) : stop]
-    count = len(tiles)
-    # (tile, input tile, plane, lane, k) -> (plane, lane of every tile, all inputs)
-    lanes = tiles[:, :, : 64 * planes].view(count, in_tiles, planes, 4, 16).permute(2, 0, 3, 1, 4)
-    lanes = lanes.reshape(planes, 4 * count, width)
-    if start == 0:
-        lanes = torch.nn.functional.pad(lanes, (0, 0, 4, 0))
-    x = list(lanes[:, 4:])
-    if is_trellis:
-        y, z = lanes[:, 3:-1], lanes[:, 2:-2]
-        if low == 4:
-            parity = [y[0] ^ y[1], x[0] ^ y[1]]
-            flips = [(x[0] << 4 | y[1] >> 4) ^ z[1], (x[1] << 4 | x[0] >> 4) ^ y[0]]
-            x = [plane ^ flip.bitwise_and_(0x11) for plane, flip in zip(x, flips, strict=True)]
-        else:
-            parity = [(x[0] << 4 | y[0] >> 4) ^ y[0]]
-            flips = [(x[0] << 2 | y[0] >> 6) ^ (y[0] << 4 | z[0] >> 4)]
-            x = [x[0] ^ flips[0].bitwise_and_(0x55)]
-    own = tiles[count - (stop - start) :]
-    places = torch.empty(len(x[0]), 4, width, dtype=torch.uint8, device=packed.device)  # channel 4 lane + position
-    for position in range(4):
-        plane, shift = divmod(position, 8 // low)
-        shift *= low
-        place = torch.bitwise_and(x[plane] >> shift, (1 << low) - 1, out=places[:, position])
-        if high == 1:
-            first = 64 * planes + 8 * position
-            bit = own[:, :, first : first + 8].view(-1, in_tiles, 4, 2).permute(0, 2, 1, 3)
-            bit = bit.reshape(-1, 2 * in_tiles, 1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-            place |= bit.view(-1, width) << low
-        elif high == 2:
-            pair = own[:, :, 64 * planes :].view(-1, in_tiles, 4, 16).permute(0, 2, 1, 3).reshape(-1, width)
-            place |= (pair >> 2 * position & 3) << low
+    count, in_tiles, planes, width = stop - start, packed.shape[1], low // 2, 16 * packed.shape[1]
+    # (tile, input tile, plane, lane, k) -> (plane, lane of every tile, all inputs), one tile before the first included;
+    # eight inputs are one int64, and the halves of a lane move one by one: torch is slow at rows of two
+    tiles = packed[max(0, start - 1) : stop, :, : 64 * planes].view(torch.int64).unflatten(2, (planes, 4, 2))
+    lanes = tiles.new_zeros(planes, 1 + count, 4, in_tiles, 2)
+    for half in range(2):
+        lanes[:, 1 + count - len(tiles) :, ..., half] = tiles[..., half].permute(2, 0, 3, 1)
+    lanes = lanes.view(torch.uint8).view(planes, 4 + 4 * count, width)
+    x, y, z = lanes[:, 4:].unbind(), lanes[:, 3:-1].unbind(), lanes[:, 2:-2].unbind()
+    places = torch.empty(4 * count, 4, width, dtype=torch.uint8, device=packed.device)  # channel 4 lane + position
+    if low == 4:
         if is_trellis:
-            place.bitwise_left_shift_(1).bitwise_or_(parity[plane] >> shift & 1)
+            flips = [(x[0] << 4 | y[1] >> 4) ^ z[1], (x[1] << 4 | x[0] >> 4) ^ y[0]]
+            parities = [(y[0] ^ y[1]) & 0x11, (x[0] ^ y[1]) & 0x11]
+            x = [plane ^ flip.bitwise_and_(0x11) for plane, flip in zip(x, flips, strict=True)]
+        for plane in range(2):
+            even, odd = places[:, 2 * plane], places[:, 2 * plane + 1]
+            torch.bitwise_and(x[plane], 15, out=even)
+            torch.bitwise_right_shift(x[plane], 4, out=odd)
+            if is_trellis:
+                even |= parities[plane] << 4
+                odd |= parities[plane] & 0x10
+    else:
+        (x,), (y,), (z,) = x, y, z
+        if is_trellis:
+            flip, parity = (x << 2 | y >> 6) ^ (y << 4 | z >> 4), (x << 4 | y >> 4) ^ y
+            x = x ^ flip.bitwise_and_(0x55)
+        even, odd = x & 0x33, x >> 2 & 0x33  # positions 0 and 2, 1 and 3
+        if is_trellis:
+            even |= (parity & 0x11) << 2
+            odd |= parity & 0x44
+        for position, pair in enumerate((even, odd)):
+            torch.bitwise_and(pair, 15, out=places[:, position])
+            torch.bitwise_right_shift(pair, 4, out=places[:, position + 2])
+    shift = low + is_trellis
+    if high == 1:
+        # a byte holds the bits of eight inputs: it is looked up as eight bytes
+        words = packed[start:stop, :, 64 * planes :].view(torch.int16).unflatten(2, (4, 4)).permute(0, 3, 2, 1)
+        index = words.contiguous().view(torch.uint8).view(count, -1).long()
+        eight = torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+        eight = (eight << shift).view(torch.int64).view(1, -1).to(packed.device)
+        places |= eight.expand(count, -1).gather(1, index).view(torch.uint8).view(places.shape)
+    elif high == 2:
+        pairs = packed[start:stop, :, 64 * planes :].unflatten(2, (4, 16)).transpose(1, 2).reshape(-1, width)
+        for position in range(4):
+            places[:, position] |= (pairs >> 2 * position & 3) << shift
     return places.view(-1, width)
+
+
+def order_by_place(table: Tensor, bits: int) -> Tensor:
+    """The levels of a trellis, (2**(bits + 1),), in the order of :func:`find_places`."""
+    return table.view(-1, 1 << PARTS[bits][0], 2).transpose(1, 2).flatten()
 
 
 def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
