@@ -21,6 +21,7 @@ namespace lrq {
 
 #define LRQ_DECLARE(isa) extern const Kernels isa##_kernels;
 #if defined(__x86_64__)
+LRQ_DECLARE(avx512bf16)
 LRQ_DECLARE(avx512vbmi)
 LRQ_DECLARE(avx512vnni)
 LRQ_DECLARE(avxvnni)
@@ -43,6 +44,13 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
+// Whether bit `bit` of EAX of leaf 7, subleaf 1 is set.
+bool has_feature_of_7_1(int bit) {
+    unsigned a = 7, b = 0, c = 1, d = 0;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return a >> bit & 1;
+}
+
 const char *missing_avx512vnni() {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return "this CPU has no AVX-512 BW";
     if (!__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return "this CPU has no AVX-512 VL";
@@ -55,15 +63,18 @@ const char *missing_avx512vbmi() {
     return has_both ? "" : "this CPU has no AVX-512 VBMI with GFNI";
 }
 
+const char *missing_avx512bf16() {
+    if (*missing_avx512vbmi()) return missing_avx512vbmi();
+    return has_feature_of_7_1(5) ? "" : "this CPU has no AVX-512 BF16";
+}
+
 const char *missing_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this CPU has no AVX2 with FMA";
 }
 
 const char *missing_avxvnni() {
     if (*missing_avx2()) return missing_avx2();
-    unsigned a = 7, b = 0, c = 1, d = 0;  // leaf 7, subleaf 1: EAX bit 4
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return a >> 4 & 1 ? "" : "this CPU has no AVX-VNNI";
+    return has_feature_of_7_1(4) ? "" : "this CPU has no AVX-VNNI";
 }
 #elif defined(__aarch64__)
 const char *missing_neon() {
@@ -79,6 +90,7 @@ const char *missing_neon() {
 const Isa *isas(int *count) {
     static const Isa all[] = {
 #if defined(__x86_64__)
+        {&avx512bf16_kernels, missing_avx512bf16()},
         {&avx512vbmi_kernels, missing_avx512vbmi()},
         {&avx512vnni_kernels, missing_avx512vnni()},
         {&avxvnni_kernels, missing_avxvnni()},

@@ -23,7 +23,7 @@ from lrqdit.errors import KernelError
 
 ABI_VERSION = 3
 ENVIRONMENT = "LRQDIT_KERNELS"
-ISA_NAMES = ("avx512vbmi", "avx512vnni", "avxvnni", "avx2", "neon", "serial")
+ISA_NAMES = ("avx512bf16", "avx512vbmi", "avx512vnni", "avxvnni", "avx2", "neon", "serial")
 LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.dll"}.get(
     sys.platform, "liblrqdit_native.so"
 )
