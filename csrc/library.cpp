@@ -195,6 +195,15 @@ void check(const lrq_matrix *m) {
     require(m->rows > 0 && m->columns > 0 && m->columns < 1 << 30, "fit: rows or columns out of range");
 }
 
+void check(const lrq_attention *a, int threads) {
+    require(a && a->query && a->key && a->value && a->out && a->logsumexp, "attention: an array is missing");
+    require(threads > 0, "attention: threads must be 1 or more");
+    require(a->batch >= 0 && a->heads >= 0 && a->queries >= 0 && a->keys > 0, "attention: a size is out of range");
+    require(a->width > 0 && a->width <= 256 && a->width % 2 == 0, "attention: the width must be even, up to 256");
+    require(!a->mask || a->mask_type == LRQ_FLOAT32 || a->mask_type == LRQ_BFLOAT16, "attention: unknown mask_type");
+    require(kernels().attend, "attention: the instruction set in use has none");
+}
+
 void check_table(const int8_t *table, int64_t table_rows, int64_t rows) {
     require(table && (table_rows == 1 || table_rows == rows), "fit: the table has a wrong shape");
 }
@@ -315,6 +324,15 @@ int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operations) {
     });
 }
 
+int lrq_repeat_pairs(int64_t iterations, int threads, int64_t *operations) {
+    return guarded([&] {
+        require(kernels().repeat_pairs, "the instruction set in use has no products of bfloat16");
+        std::atomic<int64_t> total{0};
+        parallel_for(threads, threads, [&](int64_t) { total += kernels().repeat_pairs(iterations); });
+        *operations = total;
+    });
+}
+
 int lrq_apply_transform(const lrq_transform *transform, int threads, float *out) {
     return guarded([&] {
         check(transform, threads, out);
@@ -411,5 +429,14 @@ int lrq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int 
         require(rows >= 0 && columns >= 0, "pack: rows or columns out of range");
         require((bits >= 2 && bits <= 6) || bits == 8, "pack: bits must be 2 to 6, or 8");
         kernels().pack(codes, rows, columns, bits, threads, packed, used);
+    });
+}
+
+int lrq_has_attention(void) { return kernels().attend != nullptr; }
+
+int lrq_attend(const lrq_attention *attention, int threads) {
+    return guarded([&] {
+        check(attention, threads);
+        if (attention->batch && attention->heads && attention->queries) kernels().attend(*attention, threads);
     });
 }
