@@ -53,10 +53,12 @@ def measure(name: str, shape: str, seconds: float, peak: float) -> dict:
     while time.perf_counter() < end or len(times["torch"]) < 4:
         for kernel, taken in times.items():
             with attention.use(kernel):
-                start = time.perf_counter()
-                F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-                taken.append(time.perf_counter() - start)
-    ours, torchs = (statistics.median(times[kernel][1:]) for kernel in attention.CHOICES)
+                for repeat in range(3):
+                    start = time.perf_counter()
+                    F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+                    if repeat:  # the first call after a change of kernels sets torch's tables up
+                        taken.append(time.perf_counter() - start)
+    ours, torchs = (statistics.median(times[kernel]) for kernel in attention.CHOICES)
     operations = 4 * batch * heads * queries * keys * width
     speed = {"gflops": operations / ours / 1e9, "torch_gflops": operations / torchs / 1e9}
     print(

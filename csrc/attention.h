@@ -402,7 +402,10 @@ inline int64_t repeat_all_pairs(int64_t iterations) {
             unroll<4>([&](auto v) LRQ_LAMBDA { sums[r][v] = dot_pairs(sums[r][v], a, a); });
         });
     unroll<SIDE>([&](auto r) LRQ_LAMBDA {
-        unroll<4>([&](auto v) LRQ_LAMBDA { __asm__ volatile("" : : "v"(sums[r][v])); });
+        unroll<4>([&](auto v) LRQ_LAMBDA {
+            const __m512 used = sums[r][v];
+            __asm__ volatile("" : : "m"(used));
+        });
     });
     return iterations * SIDE * 4 * 64;
 }
