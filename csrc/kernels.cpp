@@ -1,4 +1,5 @@
 // All kernels of one instruction set, LRQ_ISA; compiled once for each with its own flags.
+#include "attention.h"
 #include "few_tokens.h"
 #include "fit.h"
 #include "transform.h"
@@ -17,7 +18,8 @@ const Kernels LRQ_PASTE(LRQ_ISA, _kernels) = {
     LRQ_STRING(LRQ_ISA),       LRQ_ISA::repeat_dots,        LRQ_ISA::apply_transform, LRQ_ISA::quantize_tokens,
     LRQ_ISA::quantized_linear, LRQ_ISA::linear,             LRQ_ISA::weight_only_linear,
     LRQ_ISA::count_layer,      LRQ_ISA::count_rows,         LRQ_ISA::fit_scales,      LRQ_ISA::encode,
-    LRQ_ISA::trellis_encode,   LRQ_ISA::pack,
+    LRQ_ISA::trellis_encode,   LRQ_ISA::pack,               LRQ_ISA::repeat_pairs,
+    LRQ_ISA::attend,
 };
 
 }  // namespace lrq

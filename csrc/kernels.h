@@ -32,6 +32,9 @@ struct Kernels {
                            uint8_t *codes);
     void (*pack)(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
                  uint8_t *used);
+    // null without products of bfloat16
+    int64_t (*repeat_pairs)(int64_t iterations);
+    void (*attend)(const lrq_attention &, int threads);
 };
 
 // Runs task(context, i) for i in [0, tasks) on up to `threads` threads, handed out in order as threads become free.

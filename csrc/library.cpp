@@ -21,6 +21,7 @@ namespace lrq {
 
 #define LRQ_DECLARE(isa) extern const Kernels isa##_kernels;
 #if defined(__x86_64__)
+LRQ_DECLARE(avx512bf16)
 LRQ_DECLARE(avx512vbmi)
 LRQ_DECLARE(avx512vnni)
 LRQ_DECLARE(avxvnni)
@@ -43,6 +44,13 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
+// Whether bit `bit` of EAX of leaf 7, subleaf 1 is set.
+bool has_feature_of_7_1(int bit) {
+    unsigned a = 7, b = 0, c = 1, d = 0;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return a >> bit & 1;
+}
+
 const char *missing_avx512vnni() {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return "this CPU has no AVX-512 BW";
     if (!__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return "this CPU has no AVX-512 VL";
@@ -55,15 +63,18 @@ const char *missing_avx512vbmi() {
     return has_both ? "" : "this CPU has no AVX-512 VBMI with GFNI";
 }
 
+const char *missing_avx512bf16() {
+    if (*missing_avx512vbmi()) return missing_avx512vbmi();
+    return has_feature_of_7_1(5) ? "" : "this CPU has no AVX-512 BF16";
+}
+
 const char *missing_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this CPU has no AVX2 with FMA";
 }
 
 const char *missing_avxvnni() {
     if (*missing_avx2()) return missing_avx2();
-    unsigned a = 7, b = 0, c = 1, d = 0;  // leaf 7, subleaf 1: EAX bit 4
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return a >> 4 & 1 ? "" : "this CPU has no AVX-VNNI";
+    return has_feature_of_7_1(4) ? "" : "this CPU has no AVX-VNNI";
 }
 #elif defined(__aarch64__)
 const char *missing_neon() {
@@ -79,6 +90,7 @@ const char *missing_neon() {
 const Isa *isas(int *count) {
     static const Isa all[] = {
 #if defined(__x86_64__)
+        {&avx512bf16_kernels, missing_avx512bf16()},
         {&avx512vbmi_kernels, missing_avx512vbmi()},
         {&avx512vnni_kernels, missing_avx512vnni()},
         {&avxvnni_kernels, missing_avxvnni()},
@@ -181,6 +193,15 @@ void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, int t
 void check(const lrq_matrix *m) {
     require(m && m->weight, "fit: the weight is missing");
     require(m->rows > 0 && m->columns > 0 && m->columns < 1 << 30, "fit: rows or columns out of range");
+}
+
+void check(const lrq_attention *a, int threads) {
+    require(a && a->query && a->key && a->value && a->out && a->logsumexp, "attention: an array is missing");
+    require(threads > 0, "attention: threads must be 1 or more");
+    require(a->batch >= 0 && a->heads >= 0 && a->queries >= 0 && a->keys > 0, "attention: a size is out of range");
+    require(a->width > 0 && a->width <= 256 && a->width % 2 == 0, "attention: the width must be even, up to 256");
+    require(!a->mask || a->mask_type == LRQ_FLOAT32 || a->mask_type == LRQ_BFLOAT16, "attention: unknown mask_type");
+    require(kernels().attend, "attention: the instruction set in use has none");
 }
 
 void check_table(const int8_t *table, int64_t table_rows, int64_t rows) {
@@ -303,6 +324,15 @@ int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operations) {
     });
 }
 
+int lrq_repeat_pairs(int64_t iterations, int threads, int64_t *operations) {
+    return guarded([&] {
+        require(kernels().repeat_pairs, "the instruction set in use has no products of bfloat16");
+        std::atomic<int64_t> total{0};
+        parallel_for(threads, threads, [&](int64_t) { total += kernels().repeat_pairs(iterations); });
+        *operations = total;
+    });
+}
+
 int lrq_apply_transform(const lrq_transform *transform, int threads, float *out) {
     return guarded([&] {
         check(transform, threads, out);
@@ -399,5 +429,14 @@ int lrq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int 
         require(rows >= 0 && columns >= 0, "pack: rows or columns out of range");
         require((bits >= 2 && bits <= 6) || bits == 8, "pack: bits must be 2 to 6, or 8");
         kernels().pack(codes, rows, columns, bits, threads, packed, used);
+    });
+}
+
+int lrq_has_attention(void) { return kernels().attend != nullptr; }
+
+int lrq_attend(const lrq_attention *attention, int threads) {
+    return guarded([&] {
+        check(attention, threads);
+        if (attention->batch && attention->heads && attention->queries) kernels().attend(*attention, threads);
     });
 }

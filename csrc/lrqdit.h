@@ -13,7 +13,7 @@
 #define LRQ_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define LRQ_ABI_VERSION 3
+#define LRQ_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -58,6 +58,20 @@ typedef struct {
     const double *importance; /* (columns), or NULL: 1 for all */
 } lrq_matrix;
 
+/* softmax(scale q k^T + mask) v of every batch and head. Strides are in elements, of (batch, head, token); channels are
+   contiguous. */
+typedef struct {
+    const uint16_t *query, *key, *value; /* bfloat16 bits (batch, heads, queries or keys, width) */
+    uint16_t *out;                       /* bfloat16 bits (batch, heads, queries, width) */
+    float *logsumexp;                    /* (batch, heads, queries); 0 where all keys are masked, and so is out */
+    const void *mask;                    /* (batch, heads, queries, keys) of mask_type, keys contiguous; or NULL */
+    int64_t batch, heads, queries, keys, width; /* width: even, up to 256 */
+    int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], logsumexp_stride[3];
+    int64_t mask_stride[3];              /* 0 where it is the same for all */
+    int32_t mask_type;                   /* LRQ_FLOAT32 or LRQ_BFLOAT16 */
+    float scale;
+} lrq_attention;
+
 LRQ_EXPORT int lrq_abi_version(void);
 LRQ_EXPORT const char *lrq_last_error(void);
 
@@ -72,6 +86,8 @@ LRQ_EXPORT int lrq_is_parallel(void);
 
 /* Runs integer dot products on registers alone, on every thread; *operations is their number. For benchmarks. */
 LRQ_EXPORT int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operations);
+/* The same of bfloat16, where there is attention. */
+LRQ_EXPORT int lrq_repeat_pairs(int64_t iterations, int threads, int64_t *operations);
 
 /* out: float32 (rows, width). */
 LRQ_EXPORT int lrq_apply_transform(const lrq_transform *transform, int threads, float *out);
@@ -88,6 +104,10 @@ LRQ_EXPORT int lrq_linear(const lrq_transform *transform, int bits, double clip,
 /* out: (rows, N) of out_type = x w^T + bias, x float32 (rows, K). */
 LRQ_EXPORT int lrq_weight_only_linear(const lrq_weight *weight, int64_t rows, const float *x, int out_type, int threads,
                                       void *out);
+
+/* Whether the instruction set in use has attention: 0 or 1. */
+LRQ_EXPORT int lrq_has_attention(void);
+LRQ_EXPORT int lrq_attend(const lrq_attention *attention, int threads);
 
 /* The layer's histogram, in parts of part_blocks blocks of block_rows rows: bins (parts, 2048, 2), the mass and the moment
    of each bin; range (parts, 2), the lowest and the highest entry. See codebook.py for all of this. */

@@ -10,7 +10,7 @@ FLOORS = [
     {"errors", "config", "native", "presets"},
     {"codebook", "hadamard", "rotation", "principal", "activation", "packing", "trellis"},
     {"ops", "gpu", "triton_prologue", "triton_gemm"},
-    {"linear", "kernels"},
+    {"linear", "kernels", "attention"},
     {
         "models",
         "calibrate",

@@ -903,6 +903,97 @@ void test_linear() {
     run(LRQ_NONE, 70, 200, {}, 13000, LRQ_BFLOAT16, true);  // inputs in several splits
 }
 
+// Attention against softmax(scale q k^T + mask) v in double, the same for any number of threads.
+void test_attention() {
+    const auto real = [](uint16_t x) { return static_cast<double>(from_bfloat16(x)); };
+    uint64_t seed = 70;
+    const auto run = [&](int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t width, int mask_rank,
+                         int mask_type) {
+        Random random{++seed};
+        const int64_t all_heads = batch * heads;
+        // (batch, token, head, width) in memory
+        Array<uint16_t> q(all_heads * queries * width), k(all_heads * keys * width), v(all_heads * keys * width);
+        for (const Array<uint16_t> *array : {&q, &k, &v})
+            for (int64_t i = 0; i < array->size(); ++i) (*array)[i] = to_bfloat16(random.normal());
+        // rank 0: none; 1: by key; 2: by query and key; 4: all. The second query sees one key, the third none.
+        const int64_t mask_rows = mask_rank == 4 ? all_heads * queries : mask_rank == 2 ? queries : 1;
+        Array<float> mask(mask_rows * keys);
+        Array<uint16_t> mask_bits(mask.size());
+        for (int64_t i = 0; i < mask.size(); ++i) {
+            const int64_t row = i / keys % queries;
+            const bool is_masked = mask_rank > 1 && ((row == 1 && i % keys) || row == 2);
+            mask_bits[i] = to_bfloat16(is_masked ? -INFINITY : random.normal());
+            mask[i] = from_bfloat16(mask_bits[i]);
+        }
+        lrq_attention a{};
+        a.query = q.data(), a.key = k.data(), a.value = v.data();
+        a.batch = batch, a.heads = heads, a.queries = queries, a.keys = keys, a.width = width;
+        a.scale = 0.3f, a.mask_type = mask_type;
+        const auto set = [&](int64_t *stride, int64_t tokens, int64_t size) {
+            stride[0] = tokens * heads * size, stride[1] = size, stride[2] = heads * size;
+        };
+        set(a.query_stride, queries, width), set(a.key_stride, keys, width), set(a.value_stride, keys, width);
+        set(a.out_stride, queries, width), set(a.logsumexp_stride, queries, 1);
+        if (mask_rank) a.mask = mask_type == LRQ_FLOAT32 ? static_cast<void *>(mask.data()) : mask_bits.data();
+        if (mask_rank > 1) a.mask_stride[2] = keys;
+        if (mask_rank == 4) a.mask_stride[1] = queries * keys, a.mask_stride[0] = heads * queries * keys;
+
+        Array<double> wanted(q.size()), wanted_sum(all_heads * queries);
+        std::vector<double> scores(keys);
+        for (int64_t row = 0; row < all_heads * queries; ++row) {  // (batch, query, head)
+            const int64_t b = row / heads / queries, i = row / heads % queries, h = row % heads;
+            double most = -INFINITY, sum = 0;
+            for (int64_t j = 0; j < keys; ++j) {
+                const int64_t key_row = (b * keys + j) * heads + h;
+                scores[j] = 0;
+                for (int64_t d = 0; d < width; ++d) scores[j] += real(q[row * width + d]) * real(k[key_row * width + d]);
+                scores[j] *= a.scale;
+                if (mask_rank) scores[j] += mask[b * a.mask_stride[0] + h * a.mask_stride[1] + i * a.mask_stride[2] + j];
+                most = std::max(most, scores[j]);
+            }
+            for (double &score : scores) sum += score = most > -INFINITY ? std::exp(score - most) : 0;
+            wanted_sum[row] = sum > 0 ? most + std::log(sum) : 0;
+            for (int64_t d = 0; d < width; ++d) {
+                double &out = wanted[row * width + d] = 0;
+                for (int64_t j = 0; j < keys; ++j) out += scores[j] * real(v[((b * keys + j) * heads + h) * width + d]);
+                if (sum > 0) out /= sum;
+            }
+        }
+        for (const std::string &isa : supported()) {
+            lrq_use_isa(isa.c_str());
+            if (!lrq_has_attention()) continue;
+            Array<uint16_t> first(q.size());
+            for (const int threads : {1, 2, 3}) {
+                Array<uint16_t> out(q.size());
+                Array<float> logsumexp(all_heads * queries);
+                a.out = out.data(), a.logsumexp = logsumexp.data();
+                const std::string name = text("attention on %s: B %d, H %d, Lq %d, Lk %d, D %d, mask %d, %d threads",
+                                              isa.c_str(), int(batch), int(heads), int(queries), int(keys), int(width),
+                                              mask_rank, threads);
+                if (!check(lrq_attend(&a, threads) == 0, name + ": " + lrq_last_error())) return;
+                if (threads > 1) {
+                    check(out == first, name + ": other bytes");
+                    continue;
+                }
+                std::memcpy(first.data(), out.data(), out.bytes());
+                double error = 0, sum_error = 0;
+                for (int64_t i = 0; i < out.size(); ++i) error = std::max(error, std::fabs(real(out[i]) - wanted[i]));
+                for (int64_t i = 0; i < logsumexp.size(); ++i)
+                    sum_error = std::max(sum_error, std::fabs(logsumexp[i] - wanted_sum[i]));
+                check(error < 0.02 && sum_error < 1e-3, name + text(": errors %g and %g", error, sum_error));
+            }
+        }
+    };
+    for (const int64_t width : {2, 8, 40, 72, 128, 256})
+        for (const int64_t queries : {1, 17, 70})
+            for (const int64_t keys : {1, 6, 77, 300}) run(1, 2, queries, keys, width, 0, LRQ_FLOAT32);
+    for (const int rank : {1, 2, 4})
+        for (const int type : {LRQ_FLOAT32, LRQ_BFLOAT16})
+            for (const int64_t keys : {5, 130}) run(2, 3, 35, keys, 24, rank, type);
+    run(1, 1, 70, 1000, 256, 2, LRQ_BFLOAT16);  // keys in several segments
+    run(1, 1, 1200, 10, 4, 0, LRQ_FLOAT32);     // queries in several chunks
+}
+
 template <class Call>
 void refuse(const char *what, const Array<float> &out, Call &&call) {
     lrq_use_isa("no such thing");
@@ -1048,6 +1139,42 @@ void test_bad_arguments() {
     refuse_linear("no steps", &t.c, &good.c, 8, nullptr, 1);
     refuse_linear("0 threads", &t.c, &good.c, 8, scale.data(), 0);
 
+    const auto refuse_attention = [&](const char *what, auto change) {
+        uint16_t tokens[8] = {};
+        lrq_attention a{};
+        a.query = a.key = a.value = tokens;
+        a.out = reinterpret_cast<uint16_t *>(out.data()), a.logsumexp = out.data() + 1;
+        a.batch = a.heads = a.queries = a.keys = 1, a.width = 2, a.mask = tokens, a.mask_type = LRQ_BFLOAT16;
+        int threads = 1;
+        change(a, threads);
+        refuse(what, out, [&] { return lrq_attend(&a, threads); });
+    };
+#define ATTENTION(what, ...)                                       \
+    refuse_attention(what, [&](lrq_attention &a, int &threads) {   \
+        (void)a, (void)threads;                                    \
+        __VA_ARGS__;                                               \
+    })
+    ATTENTION("no query", a.query = nullptr);
+    ATTENTION("no key", a.key = nullptr);
+    ATTENTION("no value", a.value = nullptr);
+    ATTENTION("no output", a.out = nullptr);
+    ATTENTION("no logsumexp", a.logsumexp = nullptr);
+    ATTENTION("an odd width", a.width = 3);
+    ATTENTION("width 0", a.width = 0);
+    ATTENTION("width 258", a.width = 258);
+    ATTENTION("no keys", a.keys = 0);
+    ATTENTION("-1 queries", a.queries = -1);
+    ATTENTION("-1 heads", a.heads = -1);
+    ATTENTION("-1 batch", a.batch = -1);
+    ATTENTION("mask type 2", a.mask_type = LRQ_FLOAT16);
+    ATTENTION("0 threads", threads = 0);
+#undef ATTENTION
+    refuse("no attention", out, [&] { return lrq_attend(nullptr, 1); });
+    lrq_use_isa("serial");
+    check(!lrq_has_attention(), "serial has no attention");
+    refuse_attention("attention where there is none", [](lrq_attention &, int &) {});
+    lrq_use_isa(supported().front().c_str());
+
     // no rows: nothing to do, and nothing to point to
     check(lrq_quantized_linear(&good.c, 0, nullptr, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
     check(lrq_weight_only_linear(&eight.c, 0, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
@@ -1084,6 +1211,7 @@ int main() {
         {"bad arguments", test_bad_arguments},
         {"quantized_linear", test_quantized_linear},
         {"linear", test_linear},
+        {"attention", test_attention},
         {"conversions", test_conversions},
         {"weight_only_linear", test_weight_only},
         {"trellis", test_trellis},

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lrqdit import attention
 from lrqdit.calibrate import ActivationStats, InputGroup
 from lrqdit.errors import CheckpointError
 from lrqdit.linear import LinearFormat, QuantLinear
@@ -88,12 +89,14 @@ def _is_same_input(layout: LinearFormat, owner: LinearFormat | None) -> bool:
     )
 
 
-def tie_shared_inputs(module: nn.Module) -> None:
-    """Give every layer that shares an input the owner's transform; called after the owner's buffers are loaded."""
+def finish_layers(module: nn.Module) -> None:
+    """Make a module whose quantized layers are filled ready to run: layers that share an input get the owner's
+    transform, and attention on the CPU becomes ours."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantLinear)}
     for layer in layers.values():
         if layer.format.input_from is not None:
             layer.share_input(layers[layer.format.input_from])
+    attention.start()
 
 
 def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
@@ -142,7 +145,7 @@ def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
         module.load_state_dict(load_file(folder / WEIGHT_FILE))
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHT_FILE} does not fit {type(module).__name__}: {error}") from error
-    tie_shared_inputs(module)
+    finish_layers(module)
     module.lrqdit_settings = config.get("settings", {})
     return module
 

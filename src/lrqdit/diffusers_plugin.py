@@ -197,7 +197,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._pending:
             raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._pending))}; copy it again")
-        checkpoint.tie_shared_inputs(model)
+        checkpoint.finish_layers(model)
         if self._dtype is None:
             self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for layer in model.modules():

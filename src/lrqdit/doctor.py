@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lrqdit import gpu, native
+from lrqdit import attention, gpu, native
 from lrqdit.speed import time_calls
 
 SIDE = 4096  # of the square products that compare int8 with bfloat16
@@ -31,7 +31,8 @@ def describe_devices(measure: bool = False) -> list[dict[str, Any]]:
 
 def describe(measure: bool = False) -> list[str]:
     """The same as lines of text, with the versions of torch and Triton first."""
-    lines = [f"torch {torch.__version__}, triton {_triton_version() or 'not installed'}", *native.describe()]
+    versions = f"torch {torch.__version__}, triton {_triton_version() or 'not installed'}"
+    lines = [versions, *native.describe(), attention.describe()]
     devices = describe_devices(measure)
     if not devices:
         lines.append("no GPU")

@@ -2,7 +2,7 @@
 
 The library (csrc/, plain C++17 behind a C interface) is optional: a package installed without a compiler runs on torch
 alone, with the same results up to float rounding. ``LRQDIT_KERNELS`` chooses by hand: ``reference`` for torch, or the
-name of an instruction set (ISA_NAMES).
+name of an instruction set (ISA_NAMES); ``LRQDIT_ATTENTION=torch`` keeps torch's attention (attention.py).
 """
 
 import ctypes
@@ -21,9 +21,9 @@ from torch import Tensor
 import lrqdit
 from lrqdit.errors import KernelError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ENVIRONMENT = "LRQDIT_KERNELS"
-ISA_NAMES = ("avx512vbmi", "avx512vnni", "avxvnni", "avx2", "neon", "serial")
+ISA_NAMES = ("avx512bf16", "avx512vbmi", "avx512vnni", "avxvnni", "avx2", "neon", "serial")
 LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.dll"}.get(
     sys.platform, "liblrqdit_native.so"
 )
@@ -72,6 +72,16 @@ class Weight(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("query", "key", "value", "out", "logsumexp", "mask")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "width")),
+        *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("query", "key", "value", "out", "logsumexp", "mask")),
+        ("mask_type", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    ]
+
+
 _table = _pointer, ctypes.c_int64, ctypes.c_int  # levels, rows of them, bits
 _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_abi_version": (ctypes.c_int, ()),
@@ -83,6 +93,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_use_isa": (ctypes.c_int, (ctypes.c_char_p,)),
     "lrq_is_parallel": (ctypes.c_int, ()),
     "lrq_repeat_dots": (ctypes.c_int, (ctypes.c_int64, ctypes.c_int, ctypes.POINTER(ctypes.c_int64))),
+    "lrq_repeat_pairs": (ctypes.c_int, (ctypes.c_int64, ctypes.c_int, ctypes.POINTER(ctypes.c_int64))),
     "lrq_apply_transform": (ctypes.c_int, (ctypes.POINTER(Transform), ctypes.c_int, _pointer)),
     "lrq_quantize_tokens": (
         ctypes.c_int,
@@ -121,6 +132,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
         ctypes.c_int,
         (_pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, _pointer, _pointer),
     ),
+    "lrq_has_attention": (ctypes.c_int, ()),
+    "lrq_attend": (ctypes.c_int, (ctypes.POINTER(Attention), ctypes.c_int)),
 }
 
 
@@ -199,14 +212,15 @@ def use(name: str) -> None:
     call("lrq_use_isa", name.encode())
 
 
-def measure_peak(iterations: int = 1_000_000) -> float:
-    """Integer operations per second (a multiply and an add are two) of dot products on registers, on all threads."""
+def measure_peak(iterations: int = 1_000_000, function: str = "lrq_repeat_dots") -> float:
+    """Operations per second (a multiply and an add are two) of dot products on registers, on all threads: integers, or
+    bfloat16 by ``"lrq_repeat_pairs"``."""
     if LIBRARY is None:
         raise KernelError(f"measure_peak: {WHY_REFERENCE}")
     operations, best = ctypes.c_int64(), math.inf
     for _ in range(5):
         start = time.perf_counter()
-        call("lrq_repeat_dots", iterations, torch.get_num_threads(), operations)
+        call(function, iterations, torch.get_num_threads(), operations)
         best = min(best, time.perf_counter() - start)
     return operations.value / best
 

@@ -159,7 +159,7 @@ def quantize(
             original = module.get_submodule(layer_name)
             layer.train(original.training)
             module.set_submodule(layer_name, layer.to(device=original.weight.device, dtype=original.weight.dtype))
-        checkpoint.tie_shared_inputs(module)
+        checkpoint.finish_layers(module)
         if isinstance(module, ConfigMixin):
             diffusers_plugin.attach(module, config)
         else:
