@@ -7,7 +7,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "vectors.h"
+#include "pairs.h"
 
 namespace lrq {
 namespace LRQ_ISA {
@@ -20,12 +20,6 @@ constexpr int64_t SEGMENT_BYTES = 384 << 10;  // of keys and values, repacked at
 constexpr int64_t CHUNK_BLOCKS = 16;        // of queries that share them
 constexpr int NO_MASK = 0, MASK_BY_KEY = 1, MASK_BY_PAIR = 2;
 constexpr float LOG2_E = 1.44269504f, LOWEST = -3.40282347e38f;
-
-LRQ_INLINE __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
-    // not the intrinsic: around it GCC 12 copies and spills the accumulators
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
-    return sums;
-}
 
 // 2^x for x of 0 or less, to 13 bits; exact at 0. NaN stays NaN.
 LRQ_INLINE __m512 exp2_of(__m512 x) {
@@ -69,20 +63,6 @@ LRQ_INLINE void transpose(__m512i *v) {
 
 // The first `count` words, the rest 0.
 LRQ_INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (1u << greatest(count, 0)) - 1; }
-
-// sums[r][v] += the products of pairs a[r] and b[v] over steps; b: V registers a step.
-template <int R, int V>
-LRQ_INLINE void multiply_pairs(__m512 (&sums)[R][V], const uint8_t *a, int64_t row_stride, int64_t step_stride,
-                               const __m512i *b, int64_t steps) {
-    for (int64_t k = 0; k < steps; ++k, a += step_stride, b += V) {
-        __m512i columns[V];
-        unroll<V>([&](auto v) LRQ_LAMBDA { columns[v] = _mm512_load_si512(b + v); });
-        unroll<R>([&](auto r) LRQ_LAMBDA {
-            const __m512i row = _mm512_set1_epi32(load<int32_t>(a + r * row_stride));
-            unroll<V>([&](auto v) LRQ_LAMBDA { sums[r][v] = dot_pairs(sums[r][v], row, columns[v]); });
-        });
-    }
-}
 
 // What 16 V queries have seen of the keys so far: (1 + 1 + width) V registers. Scores are base 2 logarithms.
 template <int V> struct Seen {

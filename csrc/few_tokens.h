@@ -50,8 +50,8 @@ __attribute__((noinline)) void multiply_few(const lrq_weight &w, int64_t tile, c
 }
 
 template <int ROWS>
-inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, const float *scale, int out_type,
-                                  int threads, void *out) {
+inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, const float *scale,
+                                  const lrq_principal *principal, int out_type, int threads, void *out) {
     const int64_t width = w.in_features, stride = round_up(width, 16), out_tiles = ceil_div(w.out_features, 16);
     int8_t *padded = static_cast<int8_t *>(scratch(SLOT_SHARED, ROWS * stride));
     int32_t starts[ROWS];
@@ -60,6 +60,7 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
         __builtin_memcpy(padded + m * stride, codes + m * width, width);
         starts[m] = -128 * sum_codes(codes + m * width, width);
     }
+    const Outlet outlet(principal ? *principal : lrq_principal{});
     constexpr int64_t group = GROUP<ROWS>;
     const int64_t per_task = round_up(ceil_div(out_tiles, 8 * threads), group);
     parallel_for(threads, ceil_div(out_tiles, per_task), [&](int64_t task) {
@@ -81,19 +82,28 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
                     multiply_few<ROWS, 1, bits, is_trellis>(w, tile, tables, padded, stride, starts, sums);
             });
             for (int64_t g = 0; g < count; ++g)
-                finish_channels(w, sums[g][0], 16, scale, 0, ROWS, 16 * (tile + g), out_type, out);
+                {
+                float added[ROWS][16];
+                if (principal) {
+                    uint8_t *packed = static_cast<uint8_t *>(scratch(SLOT_PANEL, outlet.tile_bytes()));
+                    outlet.pack(w, tile + g, packed);
+                    outlet.multiply(packed, 1, 0, ROWS, added[0]);
+                }
+                finish_channels(w, sums[g][0], 16, principal ? added[0] : nullptr, scale, 0, ROWS, 16 * (tile + g),
+                                out_type, out);
+            }
         }
     });
 }
 
 // Whether there were few enough.
 inline bool quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
-                                 int out_type, int threads, void *out) {
+                                 const lrq_principal *principal, int out_type, int threads, void *out) {
     switch (rows) {
-        case 1: return quantized_linear_rows<1>(w, codes, scale, out_type, threads, out), true;
-        case 2: return quantized_linear_rows<2>(w, codes, scale, out_type, threads, out), true;
-        case 3: return quantized_linear_rows<3>(w, codes, scale, out_type, threads, out), true;
-        case 4: return quantized_linear_rows<4>(w, codes, scale, out_type, threads, out), true;
+        case 1: return quantized_linear_rows<1>(w, codes, scale, principal, out_type, threads, out), true;
+        case 2: return quantized_linear_rows<2>(w, codes, scale, principal, out_type, threads, out), true;
+        case 3: return quantized_linear_rows<3>(w, codes, scale, principal, out_type, threads, out), true;
+        case 4: return quantized_linear_rows<4>(w, codes, scale, principal, out_type, threads, out), true;
     }
     return false;
 }
@@ -102,26 +112,29 @@ constexpr int64_t FEW = 4;
 #else
 constexpr int64_t FEW = 0;
 
-inline bool quantized_linear_few(const lrq_weight &, int64_t, const int8_t *, const float *, int, int, void *) {
+inline bool quantized_linear_few(const lrq_weight &, int64_t, const int8_t *, const float *, const lrq_principal *, int,
+                                 int, void *) {
     return false;
 }
 #endif
 
-inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale, int out_type,
-                             int threads, void *out) {
-    if (!quantized_linear_few(w, rows, codes, scale, out_type, threads, out))
-        quantized_linear_panels(w, rows, codes, scale, nullptr, out_type, threads, out);
+inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
+                             const lrq_principal *principal, int out_type, int threads, void *out) {
+    if (!quantized_linear_few(w, rows, codes, scale, principal, out_type, threads, out))
+        quantized_linear_panels(w, rows, codes, scale, nullptr, principal, out_type, threads, out);
 }
 
 // quantize_tokens and quantized_linear in one: tokens are rounded next to the product that reads them first.
 inline void linear(const lrq_transform &t, int bits, double clip, const int8_t *lookup, const lrq_weight &w,
-                   int out_type, int threads, int8_t *codes, float *scale, void *out) {
+                   const lrq_principal *principal, int out_type, int threads, int8_t *codes, float *scale, void *out) {
     if (t.rows <= FEW) {
-        quantize_tokens(t, bits, clip, lookup, threads, codes, scale);
-        return quantized_linear(w, t.rows, codes, scale, out_type, threads, out);
+        quantize_tokens(t, bits, clip, lookup, principal, threads, codes, scale);
+        return quantized_linear(w, t.rows, codes, scale, principal, out_type, threads, out);
     }
-    const Rounder rounder(t, bits, clip, lookup, codes, scale);
-    quantized_linear_panels(w, t.rows, codes, scale, &rounder, out_type, threads, out);
+    with_inlet(t, principal, [&](const Inlet *inlet) {
+        const Rounder rounder(t, bits, clip, lookup, inlet, codes, scale);
+        quantized_linear_panels(w, t.rows, codes, scale, &rounder, principal, out_type, threads, out);
+    });
 }
 
 }  // namespace LRQ_ISA

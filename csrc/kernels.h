@@ -13,12 +13,12 @@ struct Kernels {
     const char *name;
     int64_t (*repeat_dots)(int64_t iterations);
     void (*apply_transform)(const lrq_transform &, int threads, float *out);
-    void (*quantize_tokens)(const lrq_transform &, int bits, double clip, const int8_t *lookup, int threads,
-                            int8_t *codes, float *scale);
-    void (*quantized_linear)(const lrq_weight &, int64_t rows, const int8_t *codes, const float *scale, int out_type,
-                             int threads, void *out);
-    void (*linear)(const lrq_transform &, int bits, double clip, const int8_t *lookup, const lrq_weight &, int out_type,
-                   int threads, int8_t *codes, float *scale, void *out);
+    void (*quantize_tokens)(const lrq_transform &, int bits, double clip, const int8_t *lookup, const lrq_principal *,
+                            int threads, int8_t *codes, float *scale);
+    void (*quantized_linear)(const lrq_weight &, int64_t rows, const int8_t *codes, const float *scale,
+                             const lrq_principal *, int out_type, int threads, void *out);
+    void (*linear)(const lrq_transform &, int bits, double clip, const int8_t *lookup, const lrq_weight &,
+                   const lrq_principal *, int out_type, int threads, int8_t *codes, float *scale, void *out);
     void (*weight_only_linear)(const lrq_weight &, int64_t rows, const float *x, int out_type, int threads, void *out);
     void (*count_layer)(const lrq_matrix &, int64_t block_rows, int64_t part_blocks, int threads, double *bins,
                         double *range);
@@ -42,7 +42,19 @@ void run_parallel(int threads, int64_t tasks, void (*task)(void *context, int64_
 
 // Memory of the calling thread, 64-byte aligned, kept between calls. Slots are independent; bytes is a minimum.
 // Throws std::bad_alloc, which run_parallel passes on.
-enum Slot { SLOT_SHARED, SLOT_CALL, SLOT_PANEL, SLOT_COPY, SLOT_ROWS, SLOT_SUMS, SLOT_PARTIAL, SLOT_COUNT };
+enum Slot {
+    SLOT_SHARED,
+    SLOT_CALL,
+    SLOT_PANEL,
+    SLOT_COPY,
+    SLOT_ROWS,
+    SLOT_SUMS,
+    SLOT_PARTIAL,
+    SLOT_INLET,
+    SLOT_DIRECTIONS,
+    SLOT_PRINCIPAL,
+    SLOT_COUNT
+};
 void *scratch(Slot slot, size_t bytes);
 
 // Lets another thread run.

@@ -169,6 +169,27 @@ void check(const lrq_transform *t, int threads, const void *out) {
     }
 }
 
+// The parts of a principal part that any call needs; then those that tokens need, and those of a product.
+void check(const lrq_principal *p, int64_t rows) {
+    require(kernels().repeat_pairs, "principal part: this instruction set does not multiply bfloat16");
+    require(p->rank > 0 && p->rank <= 32 && p->rank % 2 == 0, "principal part: its rank must be even, 2 to 32");
+    require(p->coordinates || !rows, "principal part: the coordinates' memory is missing");
+}
+
+void check(const lrq_principal *p, int64_t rows, const lrq_transform *t) {
+    if (!p) return;
+    check(p, rows);
+    require(p->inlet && p->inlet_scale, "principal part: the directions are missing");
+    require(t->x_type == LRQ_BFLOAT16, "principal part: tokens must be bfloat16");
+}
+
+void check(const lrq_principal *p, int64_t rows, int out_type) {
+    if (!p) return;
+    check(p, rows);
+    require(p->outlet && p->outlet_scale, "principal part: the directions' images are missing");
+    require(out_type == LRQ_BFLOAT16, "principal part: the output must be bfloat16");
+}
+
 void check(const lrq_transform *t, int bits, double clip, int threads, const void *codes, const float *scale) {
     check(t, threads, codes);
     require(scale || !t->rows, "quantize_tokens: the steps' memory is missing");
@@ -340,31 +361,36 @@ int lrq_apply_transform(const lrq_transform *transform, int threads, float *out)
     });
 }
 
-int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, const int8_t *lookup, int threads,
-                        int8_t *codes, float *scale) {
+int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, const int8_t *lookup,
+                        const lrq_principal *principal, int threads, int8_t *codes, float *scale) {
     return guarded([&] {
         check(transform, bits, clip, threads, codes, scale);
-        if (transform->rows) kernels().quantize_tokens(*transform, bits, clip, lookup, threads, codes, scale);
+        check(principal, transform->rows, transform);
+        if (transform->rows)
+            kernels().quantize_tokens(*transform, bits, clip, lookup, principal, threads, codes, scale);
     });
 }
 
-int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *codes, const float *scale, int out_type,
-                         int threads, void *out) {
+int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *codes, const float *scale,
+                         const lrq_principal *principal, int out_type, int threads, void *out) {
     return guarded([&] {
         check(weight, rows, codes, out_type, threads, out);
+        check(principal, rows, out_type);
         require(scale || !rows, "linear: the steps are missing");
-        if (rows) kernels().quantized_linear(*weight, rows, codes, scale, out_type, threads, out);
+        if (rows) kernels().quantized_linear(*weight, rows, codes, scale, principal, out_type, threads, out);
     });
 }
 
 int lrq_linear(const lrq_transform *transform, int bits, double clip, const int8_t *lookup, const lrq_weight *weight,
-               int out_type, int threads, int8_t *codes, float *scale, void *out) {
+               const lrq_principal *principal, int out_type, int threads, int8_t *codes, float *scale, void *out) {
     return guarded([&] {
         check(transform, bits, clip, threads, codes, scale);
         check(weight, transform->rows, codes, out_type, threads, out);
+        check(principal, transform->rows, transform);
+        check(principal, transform->rows, out_type);
         require(weight->in_features == transform->width, "linear: transform and weight differ in width");
         if (transform->rows)
-            kernels().linear(*transform, bits, clip, lookup, *weight, out_type, threads, codes, scale, out);
+            kernels().linear(*transform, bits, clip, lookup, *weight, principal, out_type, threads, codes, scale, out);
     });
 }
 
@@ -432,7 +458,7 @@ int lrq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int 
     });
 }
 
-int lrq_has_attention(void) { return kernels().attend != nullptr; }
+int lrq_has_pairs(void) { return kernels().repeat_pairs != nullptr; }
 
 int lrq_attend(const lrq_attention *attention, int threads) {
     return guarded([&] {

@@ -51,6 +51,18 @@ typedef struct {
     int32_t is_trellis;        /* 0 or 1; 1 has one table and at most 5 bits */
 } lrq_weight;
 
+/* Directions of the centred and smoothed input, x^, that pass beside the codes (principal.py): p = x^ U is rounded to
+   bfloat16, tokens are rounded without p U^T, and the product adds p C. For bfloat16 tokens and outputs, where
+   lrq_has_pairs(). */
+typedef struct {
+    const int8_t *inlet;       /* U^T (rank, width); NULL for a product alone */
+    const float *inlet_scale;  /* (rank), of U's columns */
+    const int8_t *outlet;      /* C (rank, N); NULL for tokens alone */
+    const float *outlet_scale; /* (rank) */
+    int64_t rank;              /* even, at most 32 */
+    uint16_t *coordinates;     /* p, bfloat16 (rows, rank): written with the tokens, read by the product */
+} lrq_principal;
+
 /* A weight whose levels are fitted. */
 typedef struct {
     const float *weight;      /* (rows, columns), finite */
@@ -92,21 +104,22 @@ LRQ_EXPORT int lrq_repeat_pairs(int64_t iterations, int threads, int64_t *operat
 /* out: float32 (rows, width). */
 LRQ_EXPORT int lrq_apply_transform(const lrq_transform *transform, int threads, float *out);
 /* codes: int8 (rows, width); scale: float32 (rows). lookup: int8 (256), what becomes of each code, at code + 128; or
-   NULL. */
+   NULL. principal may be NULL here and below. */
 LRQ_EXPORT int lrq_quantize_tokens(const lrq_transform *transform, int bits, double clip, const int8_t *lookup,
-                                   int threads, int8_t *codes, float *scale);
+                                   const lrq_principal *principal, int threads, int8_t *codes, float *scale);
 /* out: (rows, N) of out_type = sum_k codes w * scale + bias. */
 LRQ_EXPORT int lrq_quantized_linear(const lrq_weight *weight, int64_t rows, const int8_t *codes, const float *scale,
-                                    int out_type, int threads, void *out);
+                                    const lrq_principal *principal, int out_type, int threads, void *out);
 /* Both in one pass, which costs less; codes and scale are written, too. */
 LRQ_EXPORT int lrq_linear(const lrq_transform *transform, int bits, double clip, const int8_t *lookup,
-                          const lrq_weight *weight, int out_type, int threads, int8_t *codes, float *scale, void *out);
+                          const lrq_weight *weight, const lrq_principal *principal, int out_type, int threads,
+                          int8_t *codes, float *scale, void *out);
 /* out: (rows, N) of out_type = x w^T + bias, x float32 (rows, K). */
 LRQ_EXPORT int lrq_weight_only_linear(const lrq_weight *weight, int64_t rows, const float *x, int out_type, int threads,
                                       void *out);
 
-/* Whether the instruction set in use has attention: 0 or 1. */
-LRQ_EXPORT int lrq_has_attention(void);
+/* Whether the instruction set in use multiplies pairs of bfloat16, which attention and principal parts need: 0 or 1. */
+LRQ_EXPORT int lrq_has_pairs(void);
 LRQ_EXPORT int lrq_attend(const lrq_attention *attention, int threads);
 
 /* The layer's histogram, in parts of part_blocks blocks of block_rows rows: bins (parts, 2048, 2), the mass and the moment

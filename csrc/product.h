@@ -4,7 +4,7 @@
 // for the chunks of that group it is handed. Sums are int32 and exact in any order.
 #pragma once
 
-#include "transform.h"
+#include "rounder.h"
 
 namespace lrq {
 namespace LRQ_ISA {
@@ -13,10 +13,10 @@ constexpr int64_t BLOCK_CHANNELS = 16 * TILES;
 constexpr int64_t SPLIT_BLOCKS = 4;
 
 // y = sum * row_scale * scale + bias for `rows` tokens from `first` and V registers of channels from n, the last
-// register in part; sums lie stride apart.
+// register in part; sums lie stride apart, and so does what is added, if it is not nullptr.
 template <int V, int TYPE, class Value>
-LRQ_INLINE void finish_as(const lrq_weight &w, const Value *sums, int64_t stride, const float *scale, int64_t first,
-                          int64_t rows, int64_t n, void *out) {
+LRQ_INLINE void finish_as(const lrq_weight &w, const Value *sums, int64_t stride, const float *added,
+                          const float *scale, int64_t first, int64_t rows, int64_t n, void *out) {
     const int64_t width = w.out_features, last = least(WIDTH, width - n - (V - 1) * WIDTH);
     Floats row_scale[V], bias[V];
     unroll<V>([&](auto v) LRQ_LAMBDA {
@@ -32,6 +32,7 @@ LRQ_INLINE void finish_as(const lrq_weight &w, const Value *sums, int64_t stride
                 y[v] = __builtin_convertvector(load<Ints>(sum), Floats) * row_scale[v] * splat(scale[i]) + bias[v];
             else
                 y[v] = load<Floats>(sum) * row_scale[v] + bias[v];
+            if (added) y[v] = y[v] + load<Floats>(added + i * stride + v * WIDTH);
         });
         const int64_t at = (first + i) * width + n;
         unroll<V - 1>([&](auto v) LRQ_LAMBDA { store_as<TYPE>(out, at + v * WIDTH, y[v], WIDTH); });
@@ -41,14 +42,15 @@ LRQ_INLINE void finish_as(const lrq_weight &w, const Value *sums, int64_t stride
 
 // The same for `channels` from n, up to those that are there.
 template <class Value>
-LRQ_INLINE void finish_channels(const lrq_weight &w, const Value *sums, int64_t channels, const float *scale,
-                                int64_t first, int64_t rows, int64_t n, int type, void *out) {
+LRQ_INLINE void finish_channels(const lrq_weight &w, const Value *sums, int64_t channels, const float *added,
+                                const float *scale, int64_t first, int64_t rows, int64_t n, int type, void *out) {
     constexpr int most = BLOCK_CHANNELS / WIDTH;
     const int64_t registers = ceil_div(least(channels, w.out_features - n), WIDTH);
     with_type(type, [&](auto t) LRQ_LAMBDA {
-        if (registers == most) return finish_as<most, t>(w, sums, channels, scale, first, rows, n, out);
+        if (registers == most) return finish_as<most, t>(w, sums, channels, added, scale, first, rows, n, out);
         for (int64_t v = 0; v < registers; ++v)
-            finish_as<1, t>(w, sums + v * WIDTH, channels, scale, first, rows, n + v * WIDTH, out);
+            finish_as<1, t>(w, sums + v * WIDTH, channels, added ? added + v * WIDTH : nullptr, scale, first, rows,
+                            n + v * WIDTH, out);
     });
 }
 
@@ -203,7 +205,8 @@ struct Lead {
 };
 
 inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
-                                    const Rounder *rounder, int out_type, int threads, void *out) {
+                                    const Rounder *rounder, const lrq_principal *principal, int out_type, int threads,
+                                    void *out) {
     const Shape s = shape_of(w, rows, threads);
     const uint64_t call = next_call();
     const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
@@ -220,12 +223,17 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
     int32_t *all_starts = reinterpret_cast<int32_t *>(chunks + s.chunks);
     __builtin_memset(next_tasks, 0, state_bytes);
 
+    const Outlet outlet(principal ? *principal : lrq_principal{});
+
     const auto run = [&](int64_t group, int64_t chunk) {
         const int64_t first = chunk * s.chunk, count = least(s.chunk, rows - first);
         const int64_t first_block = group * s.group_blocks, blocks = least(s.group_blocks, s.blocks - first_block);
-        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + s.group_blocks * block_bytes));
+        const int64_t outlet_bytes = principal ? TILES * outlet.tile_bytes() : 0;  // of a block
+        const int64_t panel_bytes = s.group_blocks * block_bytes;
+        uint8_t *memory =
+            static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + panel_bytes + s.group_blocks * outlet_bytes));
         PanelKey *key = reinterpret_cast<PanelKey *>(memory);
-        uint8_t *panel = memory + 64;
+        uint8_t *panel = memory + 64, *outlets = panel + panel_bytes;
         const int8_t *tokens = codes + first * width;
         int32_t *starts = all_starts + first, *ready = &chunks[chunk].ready;
         uint8_t *copy = nullptr;
@@ -242,6 +250,8 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
             if (key->call != call || key->group != group || key->split != split) {
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
+                    for (int64_t t = 0; principal && t < tiles; ++t)
+                        outlet.pack(w, tile + t, outlets + b * outlet_bytes + t * outlet.tile_bytes());
                     for (int64_t t = 0; t < tiles; ++t)
                         with_coding(w, [&](auto bits, auto is_trellis) {
                             decode_panel<bits, is_trellis>(w, tile + t, from, to, panel + b * block_bytes,
@@ -285,8 +295,10 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                     multiply(tiles, block_rows, panel + b * block_bytes, steps, block_tokens, stride,
                              split == 0 ? starts + m : nullptr, sums, ahead, pace);
                     if (split < s.splits - 1) continue;
-                    finish_channels(w, sums, channels, scale + first + m, first + m, block_rows, 16 * tile, out_type,
-                                    out);
+                    alignas(64) float added[TOKENS * BLOCK_CHANNELS];
+                    if (principal) outlet.multiply(outlets + b * outlet_bytes, tiles, first + m, block_rows, added);
+                    finish_channels(w, sums, channels, principal ? added : nullptr, scale + first + m, first + m,
+                                    block_rows, 16 * tile, out_type, out);
                 }
             }
         }

@@ -267,13 +267,14 @@ inline void multiply_blocks(const float *x, float *y, int64_t rows, int64_t orde
     }
 }
 
-inline Ready make_ready(const lrq_transform &t) {
+// `slot` keeps what is made ready; the transform must outlive it.
+inline Ready make_ready(const lrq_transform &t, Slot slot = SLOT_SHARED) {
     Ready r{};
     r.t = &t;
     r.padded = round_up(t.width, 16);
     const int64_t order = t.rotation == LRQ_OUTLIER ? t.factors[0] : 0;
     const int64_t floats = 2 * r.padded + 2 * order * round_up(order, 16);
-    float *memory = static_cast<float *>(scratch(SLOT_SHARED, sizeof(float) * floats));
+    float *memory = static_cast<float *>(scratch(slot, sizeof(float) * floats));
     if (t.rotation == LRQ_HADAMARD || t.rotation == LRQ_BLOCK_HADAMARD) {
         r.product = plan(t, 1);
         // One product over the whole row, or a Hadamard matrix in each block, which is the same with outer copies.
@@ -610,45 +611,6 @@ LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int
         __builtin_memcpy(codes + k, &some, least(16, width - k));
     }
     return step;
-}
-
-// Rounds the tokens of one call, any rows at a time.
-struct Rounder {
-    Ready ready;
-    int bits;
-    float clip_over_largest;
-    const int8_t *lookup;
-    int8_t *codes;
-    float *scale;
-    bool is_staircase;
-    Staircase stairs;
-
-    Rounder(const lrq_transform &t, int bits, double clip, const int8_t *lookup, int8_t *codes, float *scale)
-        : ready(make_ready(t)), bits(bits), clip_over_largest(static_cast<float>(clip / ((1 << (bits - 1)) - 1))),
-          lookup(lookup), codes(codes), scale(scale), is_staircase(lookup && build_staircase(lookup, stairs)) {}
-
-    int64_t row_bytes() const { return ready.t->width * (ready.t->x_type == LRQ_FLOAT32 ? 4 : 2); }
-    const uint8_t *input(int64_t row) const { return static_cast<const uint8_t *>(ready.t->x) + row * row_bytes(); }
-
-    // count: 8 at most
-    void round(int64_t first, int64_t count) const {
-        const int64_t width = ready.t->width;
-        transform_rows(ready, first, count, [&](int64_t i, const float *row, Ints largest) {
-            int8_t *out = codes + i * width;
-            scale[i] = quantize_row(row, largest, width, bits, clip_over_largest, is_staircase ? &stairs : nullptr, out);
-            if (lookup && !is_staircase)
-                for (int64_t k = 0; k < width; ++k) out[k] = lookup[out[k] + 128];
-        });
-    }
-};
-
-inline void quantize_tokens(const lrq_transform &t, int bits, double clip, const int8_t *lookup, int threads,
-                            int8_t *codes, float *scale) {
-    const Rounder rounder(t, bits, clip, lookup, codes, scale);
-    parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
-        const int64_t first = task * ROWS_PER_TASK;
-        rounder.round(first, least(ROWS_PER_TASK, t.rows - first));
-    });
 }
 
 }  // namespace LRQ_ISA

@@ -89,7 +89,7 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                     const float *s = sums + 64 * m + 16 * (n & 3) + 4 * (n >> 2);
                     totals[16 * m + n] = (s[0] + s[2]) + (s[1] + s[3]);
                 }
-            finish_channels(w, totals, 16, nullptr, first, count, 16 * tile, out_type, out);
+            finish_channels(w, totals, 16, nullptr, nullptr, first, count, 16 * tile, out_type, out);
         });
     }
 }

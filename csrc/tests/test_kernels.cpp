@@ -248,7 +248,7 @@ void check_product(const Weight &w, int64_t rows, const std::vector<int> &types,
             for (const int count : threads) {
                 Array<uint8_t> out(rows * w.n * element_size(type));
                 const int status =
-                    lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), type, count, out.data());
+                    lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), nullptr, type, count, out.data());
                 check(status == 0 && out == bytes,
                       text("quantized_linear on %s: %d bits%s, M %d, N %d, K %d, %d table rows, type %d, %d threads: %s",
                            isa.c_str(), w.bits, w.c.is_trellis ? ", trellis" : "", int(rows), int(w.n), int(w.k), int(w.c.table_rows), type, count,
@@ -458,7 +458,7 @@ void test_calls_in_turn() {
         for (int round = 0; round < 3; ++round)
             for (const Weight *w : {&a, &b, &c}) {
                 Array<float> y(rows * w->n), z(rows * w->n);
-                lrq_quantized_linear(&w->c, rows, codes.data(), scale.data(), LRQ_FLOAT32, 1, y.data());
+                lrq_quantized_linear(&w->c, rows, codes.data(), scale.data(), nullptr, LRQ_FLOAT32, 1, y.data());
                 check(y == expected_product(*w, rows, codes, scale), "calls in turn on " + isa);
                 lrq_weight_only_linear(&w->c, rows, x.data(), LRQ_FLOAT32, 1, z.data());
             }
@@ -482,9 +482,9 @@ void test_concurrent_callers() {
                 for (int round = 0; round < 10; ++round) {
                     Array<float> y(rows * w.n);
                     is_right[i] &=
-                        !lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), LRQ_FLOAT32, 1, y.data());
+                        !lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), nullptr, LRQ_FLOAT32, 1, y.data());
                     is_right[i] &= y == expected;
-                    is_right[i] &= lrq_quantized_linear(&w.c, -1, nullptr, nullptr, 0, 1, nullptr) != 0;
+                    is_right[i] &= lrq_quantized_linear(&w.c, -1, nullptr, nullptr, nullptr, 0, 1, nullptr) != 0;
                     is_right[i] &= std::strlen(lrq_last_error()) > 0;  // one per thread
                 }
             });
@@ -708,7 +708,7 @@ void check_transform(int rotation, int64_t width, const std::vector<int64_t> &fa
                 const double clip = rows % 2 ? 1.0 : 0.85;
                 Array<int8_t> codes(rows * width);
                 Array<float> scale(rows);
-                check(lrq_quantize_tokens(&t.c, bits, clip, nullptr, threads, codes.data(), scale.data()) == 0,
+                check(lrq_quantize_tokens(&t.c, bits, clip, nullptr, nullptr, threads, codes.data(), scale.data()) == 0,
                       what + lrq_last_error());
                 const int most = (1 << (bits - 1)) - 1;
                 for (int64_t m = 0; m < rows; ++m) {
@@ -812,7 +812,7 @@ void test_special_rows() {
                 Array<int8_t> clean(9 * width), codes(9 * width);
                 Array<float> clean_scale(9), scale(9);
                 t = Transform(rotation, 9, width, factors, LRQ_FLOAT32, false, 7);
-                lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, 1, clean.data(), clean_scale.data());
+                lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, nullptr, 1, clean.data(), clean_scale.data());
                 t.values[1 * width + 5] = nan;
                 t.values[2 * width + 6] = infinity;
                 t.values[3 * width + 7] = -infinity;
@@ -823,7 +823,7 @@ void test_special_rows() {
                     t.values[7 * width + k] = (k % 2 ? 1e-37f : -1e-37f) * static_cast<float>(k + 1);
                 }
                 t.refresh();
-                lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, 1, codes.data(), scale.data());
+                lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, nullptr, 1, codes.data(), scale.data());
                 for (const int64_t row : {0, 8})
                     check(scale[row] == clean_scale[row] &&
                               !std::memcmp(codes.data() + row * width, clean.data() + row * width, width),
@@ -853,13 +853,13 @@ void test_quantize_bits() {
         lrq_use_isa(isa.c_str());
         Array<int8_t> codes(20);
         Array<float> scale(1);
-        lrq_quantize_tokens(&t.c, 4, 1.0, nullptr, 1, codes.data(), scale.data());
+        lrq_quantize_tokens(&t.c, 4, 1.0, nullptr, nullptr, 1, codes.data(), scale.data());
         check(scale[0] == 1.0f, "step 1 on " + isa);
         for (int64_t k = 0; k < 20; ++k) check(codes[k] == std::nearbyint(t.values[k]), "ties to even on " + isa);
-        lrq_quantize_tokens(&t.c, 4, 0.5, nullptr, 1, codes.data(), scale.data());
+        lrq_quantize_tokens(&t.c, 4, 0.5, nullptr, nullptr, 1, codes.data(), scale.data());
         check(scale[0] == 0.5f && codes[0] == -8 && codes[19] == 7, "clipped codes on " + isa);
         // far below what a checkpoint may hold: everything saturates, on its own side
-        lrq_quantize_tokens(&t.c, 8, 1e-3, nullptr, 1, codes.data(), scale.data());
+        lrq_quantize_tokens(&t.c, 8, 1e-3, nullptr, nullptr, 1, codes.data(), scale.data());
         for (int64_t k = 0; k < 20; ++k)
             check(codes[k] == (t.values[k] > 0 ? 127 : t.values[k] < 0 ? -128 : 0), "saturated codes on " + isa);
     }
@@ -880,13 +880,13 @@ void test_linear() {
             Array<int8_t> codes(rows * k);
             Array<float> scale(rows);
             Array<uint8_t> out(rows * n * element_size(type));
-            lrq_quantize_tokens(&t.c, 8, 0.9, levels, 1, codes.data(), scale.data());
-            lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), type, 1, out.data());
+            lrq_quantize_tokens(&t.c, 8, 0.9, levels, nullptr, 1, codes.data(), scale.data());
+            lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), nullptr, type, 1, out.data());
             for (const int threads : {1, 2, 3, 7}) {
                 Array<int8_t> other_codes(rows * k);
                 Array<float> other_scale(rows);
                 Array<uint8_t> other(rows * n * element_size(type));
-                const int status = lrq_linear(&t.c, 8, 0.9, levels, &w.c, type, threads, other_codes.data(),
+                const int status = lrq_linear(&t.c, 8, 0.9, levels, &w.c, nullptr, type, threads, other_codes.data(),
                                               other_scale.data(), other.data());
                 check(status == 0 && other == out && other_codes == codes && other_scale == scale,
                       text("linear on %s: rotation %d, M %d, N %d, K %d, type %d, %d threads: %s", isa.c_str(), rotation,
@@ -961,7 +961,7 @@ void test_attention() {
         }
         for (const std::string &isa : supported()) {
             lrq_use_isa(isa.c_str());
-            if (!lrq_has_attention()) continue;
+            if (!lrq_has_pairs()) continue;
             Array<uint16_t> first(q.size());
             for (const int threads : {1, 2, 3}) {
                 Array<uint16_t> out(q.size());
@@ -1020,7 +1020,7 @@ void test_bad_arguments() {
         change(w.c, rows, type, threads, input, steps, output);
         refuse(what, out, [&] {
             return lrq_quantized_linear(&w.c, rows, static_cast<const int8_t *>(input),
-                                        static_cast<const float *>(steps), type, threads, output);
+                                        static_cast<const float *>(steps), nullptr, type, threads, output);
         });
         if (!steps) return;
         refuse(what, out, [&] {
@@ -1057,7 +1057,7 @@ void test_bad_arguments() {
     LINEAR("no steps", steps = nullptr);
 #undef LINEAR
     refuse("no weight", out,
-           [&] { return lrq_quantized_linear(nullptr, 1, codes.data(), scale.data(), 0, 1, out.data()); });
+           [&] { return lrq_quantized_linear(nullptr, 1, codes.data(), scale.data(), nullptr, 0, 1, out.data()); });
 
     const auto transform = [&](const char *what, int rotation, std::vector<int64_t> factors, auto change) {
         Transform t(rotation, 5, 24, factors, LRQ_FLOAT32, true, 1);
@@ -1067,7 +1067,7 @@ void test_bad_arguments() {
         refuse(what, out, [&] { return lrq_apply_transform(&t.c, threads, output); });
         const Array<float> steps(5);
         refuse(what, out, [&] {
-            return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, threads, reinterpret_cast<int8_t *>(output), steps.data());
+            return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, nullptr, threads, reinterpret_cast<int8_t *>(output), steps.data());
         });
         check(steps.is_untouched(), text("%s: the steps were written", what));
     };
@@ -1110,12 +1110,12 @@ void test_bad_arguments() {
     const Transform t(LRQ_NONE, 5, 24, {}, LRQ_FLOAT32, true, 1);
     auto *codes_out = reinterpret_cast<int8_t *>(out.data());
     for (const int bits : {-1, 0, 1, 9, 100})
-        refuse("bits", out, [&] { return lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, 1, codes_out, scale.data()); });
+        refuse("bits", out, [&] { return lrq_quantize_tokens(&t.c, bits, 1.0, nullptr, nullptr, 1, codes_out, scale.data()); });
     for (const double clip : {0.0, -1.0, 1e-9, static_cast<double>(NAN)})
-        refuse("clip", out, [&] { return lrq_quantize_tokens(&t.c, 8, clip, nullptr, 1, codes_out, scale.data()); });
-    refuse("no steps", out, [&] { return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, 1, codes_out, nullptr); });
+        refuse("clip", out, [&] { return lrq_quantize_tokens(&t.c, 8, clip, nullptr, nullptr, 1, codes_out, scale.data()); });
+    refuse("no steps", out, [&] { return lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, nullptr, 1, codes_out, nullptr); });
     const auto both = [&](const Transform &from, int bits, double clip, const Weight &w, int type, float *to) {
-        return lrq_linear(&from.c, bits, clip, nullptr, &w.c, type, 1, codes_out, scale.data(), to);
+        return lrq_linear(&from.c, bits, clip, nullptr, &w.c, nullptr, type, 1, codes_out, scale.data(), to);
     };
     const Transform wide(LRQ_NONE, 5, 48, {}, LRQ_FLOAT32, true, 1);
     refuse("another width", out, [&] { return both(wide, 8, 1.0, good, LRQ_FLOAT32, out.data()); });
@@ -1171,7 +1171,7 @@ void test_bad_arguments() {
 #undef ATTENTION
     refuse("no attention", out, [&] { return lrq_attend(nullptr, 1); });
     lrq_use_isa("serial");
-    check(!lrq_has_attention(), "serial has no attention");
+    check(!lrq_has_pairs(), "serial has no attention");
     refuse_attention("attention where there is none", [](lrq_attention &, int &) {});
     lrq_use_isa(supported().front().c_str());
 
@@ -1179,7 +1179,7 @@ void test_bad_arguments() {
     check(lrq_quantized_linear(&good.c, 0, nullptr, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
     check(lrq_weight_only_linear(&eight.c, 0, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
     const Transform none(LRQ_HADAMARD, 0, 24, {12, 2}, LRQ_FLOAT32, true, 1);
-    check(lrq_quantize_tokens(&none.c, 8, 1.0, nullptr, 1, nullptr, nullptr) == 0, "0 rows");
+    check(lrq_quantize_tokens(&none.c, 8, 1.0, nullptr, nullptr, 1, nullptr, nullptr) == 0, "0 rows");
 }
 
 void test_instruction_sets() {

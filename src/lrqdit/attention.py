@@ -36,7 +36,7 @@ def why_torch() -> str:
     """Why torch's own attention runs on this CPU whatever is chosen; "" if ours can."""
     if native.LIBRARY is None:
         return native.WHY_REFERENCE
-    if not native.LIBRARY.lrq_has_attention():
+    if not native.LIBRARY.lrq_has_pairs():
         missing = native.instruction_sets(native.LIBRARY).get(INSTRUCTION_SET, "this CPU has no AVX-512 BF16")
         return missing or f"{native.ENVIRONMENT} chose an instruction set without products of bfloat16"
     if not hasattr(torch.library, "get_kernel"):
@@ -137,7 +137,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bo
     keys = key.shape[2]
     if width > MAX_WIDTH or width % 2 or not query.numel() or not keys or key.shape != value.shape:
         return False
-    if key.shape != (batch, heads, keys, width) or not native.LIBRARY.lrq_has_attention():
+    if key.shape != (batch, heads, keys, width) or not native.LIBRARY.lrq_has_pairs():
         return False
     if mask is None:
         return True

@@ -21,6 +21,8 @@ from lrqdit.packing import packed_shape
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROTATION_CODES = {"none": 0, "hadamard": 1, "block_hadamard": 2, "outlier": 3}
 BUTTERFLIES = (12, 20, 28)  # orders beside the powers of two that need no matrix
+PRINCIPAL_BUFFERS = ("principal", "principal_scale_bits", "outlet", "outlet_scale_bits")
+MAX_RANK = 32  # of a principal part in the kernels
 MAX_IN_FEATURES = (1 << 17) - 1  # an int32 sum of int8 products could overflow beyond
 
 
@@ -95,11 +97,13 @@ def _empty_codes(transform: native.Transform) -> tuple[Tensor, Tensor]:
     return torch.empty(rows, width, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
 
 
-def _quantize(transform: native.Transform, bits: int, clip: float, levels: str) -> tuple[Tensor, Tensor]:
+def _quantize(
+    transform: native.Transform, bits: int, clip: float, levels: str, principal: native.Principal | None = None
+) -> tuple[Tensor, Tensor]:
     codes, scale = _empty_codes(transform)
     bits, lookup = _levels(bits, levels)
     last = torch.get_num_threads(), codes.data_ptr(), scale.data_ptr()
-    native.call_plain("lrq_quantize_tokens", transform, bits, clip, lookup, *last)
+    native.call_plain("lrq_quantize_tokens", transform, bits, clip, lookup, principal, *last)
     return codes, scale
 
 
@@ -130,7 +134,10 @@ def _empty_output(rows: int, weight: native.Weight, out_dtype: torch.dtype) -> t
     return native_dtype, torch.empty(rows, weight.out_features, dtype=native_dtype)
 
 
-def _multiply(weight: native.Weight, x: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _multiply(
+    weight: native.Weight, x: Tensor, scale: Tensor | None, out_dtype: torch.dtype,
+    principal: native.Principal | None = None,
+) -> Tensor:  # fmt: skip
     """The product of contiguous tokens, codes with their steps or float32, with a weight."""
     rows = x.shape[0]
     native_dtype, out = _empty_output(rows, weight, out_dtype)
@@ -138,7 +145,7 @@ def _multiply(weight: native.Weight, x: Tensor, scale: Tensor | None, out_dtype:
     if scale is None:
         native.call_plain("lrq_weight_only_linear", weight, rows, x.data_ptr(), *last)
     else:
-        native.call_plain("lrq_quantized_linear", weight, rows, x.data_ptr(), scale.data_ptr(), *last)
+        native.call_plain("lrq_quantized_linear", weight, rows, x.data_ptr(), scale.data_ptr(), principal, *last)
     return out if native_dtype == out_dtype else out.to(out_dtype)
 
 
@@ -202,25 +209,50 @@ class LayerCalls:
         self.format = layer.format
         self.transform = _TransformCall(x.new_empty(0, layer.in_features), *layer._input_arguments()).structure
         self.weight = _WeightCall(layer.in_features, *layer._weight_arguments()).structure
+        if layer.format.principal_rank:
+            self.directions = [layer._buffers[name].data_ptr() for name in PRINCIPAL_BUFFERS]
         self.seen = [(weakref.ref(b), b.data_ptr()) for b in buffers]
         return True
 
-    def quantize_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _quantize(self._transform(x), self.format.activation_bits, self.format.clip, self.format.token_levels)
+    def takes_principal(self, x: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> bool:
+        """Whether the kernels take the principal part of x out and add what the weight makes of it."""
+        rank = self.format.principal_rank
+        is_bfloat16 = x.dtype == out_dtype == torch.bfloat16
+        return is_bfloat16 and 0 < rank <= MAX_RANK and rank % 2 == 0 and bool(native.LIBRARY.lrq_has_pairs())
 
-    def quantized_linear(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-        return _multiply(self.weight, codes, scale, out_dtype)
+    def quantize_tokens(self, x: Tensor, has_principal: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes and steps; with has_principal the coordinates of the principal part, too."""
+        f, transform = self.format, self._transform(x)
+        principal, coordinates = self._principal(transform.rows) if has_principal else (None, None)
+        codes, scale = _quantize(transform, f.activation_bits, f.clip, f.token_levels, principal)
+        return codes, scale, coordinates
 
-    def linear(self, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def quantized_linear(
+        self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype, coordinates: Tensor | None = None
+    ) -> Tensor:
+        """The output; coordinates: those of a principal part that is to be added."""
+        principal = None if coordinates is None else self._principal(len(codes), coordinates)[0]
+        return _multiply(self.weight, codes, scale, out_dtype, principal)
+
+    def linear(
+        self, x: Tensor, out_dtype: torch.dtype, has_principal: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The output, and what it was computed from: :meth:`quantize_tokens` and the product of it in one call."""
         transform, f = self._transform(x), self.format
         codes, scale = _empty_codes(transform)
+        principal, coordinates = self._principal(transform.rows) if has_principal else (None, None)
         native_dtype, out = _empty_output(transform.rows, self.weight, out_dtype)
         bits, lookup = _levels(f.activation_bits, f.token_levels)
         last = codes.data_ptr(), scale.data_ptr(), out.data_ptr()
         how = TYPE_CODES[native_dtype], torch.get_num_threads()
-        native.call_plain("lrq_linear", transform, bits, f.clip, lookup, self.weight, *how, *last)
-        return (out if native_dtype == out_dtype else out.to(out_dtype)), codes, scale
+        native.call_plain("lrq_linear", transform, bits, f.clip, lookup, self.weight, principal, *how, *last)
+        return (out if native_dtype == out_dtype else out.to(out_dtype)), codes, scale, coordinates
+
+    def _principal(self, rows: int, coordinates: Tensor | None = None) -> tuple[native.Principal, Tensor]:
+        rank = self.format.principal_rank
+        if coordinates is None:
+            coordinates = torch.empty(rows, rank, dtype=torch.bfloat16)
+        return native.Principal(*self.directions, rank, coordinates.data_ptr()), coordinates
 
     def weight_only_linear(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         return _multiply(self.weight, _apply(self._transform(x)), None, out_dtype)

@@ -307,6 +307,7 @@ class QuantLinear(nn.Linear):
 
     def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         is_direct, principal = self.calls.prepare(x, self), None
+        has_principal = is_direct and self.calls.takes_principal(x, out_dtype)  # inside the kernels
         if self.format.activation_bits == 16:
             if is_direct:
                 y = self.calls.weight_only_linear(x, out_dtype)
@@ -318,12 +319,13 @@ class QuantLinear(nn.Linear):
             y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
         elif (found := self.shared_input.get(x)) is not None:
             codes, scale, principal = found
-            y = self.calls.quantized_linear(codes, scale, out_dtype)
+            y = self.calls.quantized_linear(codes, scale, out_dtype, principal if has_principal else None)
         else:
-            left, principal = self._split(x)
-            y, codes, scale = self.calls.linear(left, out_dtype)
+            left, principal = (x, None) if has_principal else self._split(x)
+            y, codes, scale, coordinates = self.calls.linear(left, out_dtype, has_principal)
+            principal = coordinates if has_principal else principal
             self.shared_input.put(x, codes, scale, principal)
-        if principal is not None:
+        if principal is not None and not has_principal:
             y = y.addmm_(principal.to(out_dtype), self._low_rank("outlet").values.to(out_dtype))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
@@ -335,14 +337,17 @@ class QuantLinear(nn.Linear):
         is_eager = not torch.compiler.is_compiling()  # a compiler merges equal calls by itself
         if is_eager and (found := self.shared_input.get(x)) is not None:
             return found
-        left, principal = self._split(x)
-        if is_direct:
-            codes, scale = self.calls.quantize_tokens(left)
+        if is_direct and self.calls.takes_principal(x):
+            codes, scale, principal = self.calls.quantize_tokens(x, has_principal=True)
         else:
-            tokens, f = left.reshape(-1, self.in_features), self.format
-            codes, scale = ops.quantize_tokens(
-                tokens, *self._input_arguments(), f.activation_bits, f.clip, f.token_levels
-            )
+            left, principal = self._split(x)
+            if is_direct:
+                codes, scale, _ = self.calls.quantize_tokens(left)
+            else:
+                tokens, f = left.reshape(-1, self.in_features), self.format
+                codes, scale = ops.quantize_tokens(
+                    tokens, *self._input_arguments(), f.activation_bits, f.clip, f.token_levels
+                )
         if is_eager:
             self.shared_input.put(x, codes, scale, principal)
         return codes, scale, principal

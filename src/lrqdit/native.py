@@ -72,6 +72,17 @@ class Weight(ctypes.Structure):
     ]
 
 
+class Principal(ctypes.Structure):
+    _fields_ = [
+        ("inlet", _pointer),
+        ("inlet_scale", _pointer),
+        ("outlet", _pointer),
+        ("outlet_scale", _pointer),
+        ("rank", ctypes.c_int64),
+        ("coordinates", _pointer),
+    ]
+
+
 class Attention(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("query", "key", "value", "out", "logsumexp", "mask")),
@@ -83,6 +94,8 @@ class Attention(ctypes.Structure):
 
 
 _table = _pointer, ctypes.c_int64, ctypes.c_int  # levels, rows of them, bits
+_rounding = ctypes.c_int, ctypes.c_double, _pointer  # bits, clip, lookup
+_principal = ctypes.POINTER(Principal)
 _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_abi_version": (ctypes.c_int, ()),
     "lrq_last_error": (ctypes.c_char_p, ()),
@@ -97,17 +110,17 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_apply_transform": (ctypes.c_int, (ctypes.POINTER(Transform), ctypes.c_int, _pointer)),
     "lrq_quantize_tokens": (
         ctypes.c_int,
-        (ctypes.POINTER(Transform), ctypes.c_int, ctypes.c_double, _pointer, ctypes.c_int, _pointer, _pointer),
+        (ctypes.POINTER(Transform), *_rounding, _principal, ctypes.c_int, _pointer, _pointer),
     ),
     "lrq_quantized_linear": (
         ctypes.c_int,
-        (ctypes.POINTER(Weight), ctypes.c_int64, _pointer, _pointer, ctypes.c_int, ctypes.c_int, _pointer),
+        (ctypes.POINTER(Weight), ctypes.c_int64, _pointer, _pointer, _principal, ctypes.c_int, ctypes.c_int, _pointer),
     ),
     "lrq_linear": (
         ctypes.c_int,
         (
-            *(ctypes.POINTER(Transform), ctypes.c_int, ctypes.c_double, _pointer),
-            *(ctypes.POINTER(Weight), ctypes.c_int, ctypes.c_int, _pointer, _pointer, _pointer),
+            *(ctypes.POINTER(Transform), *_rounding, ctypes.POINTER(Weight), _principal),
+            *(ctypes.c_int, ctypes.c_int, _pointer, _pointer, _pointer),
         ),
     ),
     "lrq_weight_only_linear": (
@@ -132,7 +145,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
         ctypes.c_int,
         (_pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, _pointer, _pointer),
     ),
-    "lrq_has_attention": (ctypes.c_int, ()),
+    "lrq_has_pairs": (ctypes.c_int, ()),
     "lrq_attend": (ctypes.c_int, (ctypes.POINTER(Attention), ctypes.c_int)),
 }
 

@@ -1,0 +1,215 @@
+// The principal part of tokens, which passes beside their codes: p = x^ U on the way in, p C on the way out.
+//
+// U and C are int8 with a scale for each direction. Their codes are exact in bfloat16, so U's scales go with p; C is
+// rounded with its own, as p is stored without them.
+#pragma once
+
+#include "pairs.h"
+#include "transform.h"
+
+namespace lrq {
+namespace LRQ_ISA {
+
+#if defined(__AVX512BF16__)
+constexpr int64_t MAX_RANK = 32, MAX_ROWS = 8;
+
+// 16 entries of two directions, in pairs; the first `count` are read, the others are 0.
+LRQ_INLINE __m512i load_pairs(const int8_t *first, const int8_t *second, float first_scale, float second_scale,
+                              int64_t count) {
+    const __mmask16 lanes = count >= 16 ? 0xffff : (1u << count) - 1;
+    const auto floats = [&](const int8_t *codes, float scale) LRQ_LAMBDA {
+        const __m512i wide = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, codes));
+        return (__m512i)(_mm512_cvtepi32_ps(wide) * _mm512_set1_ps(scale));
+    };
+    const auto rounded = [](__m512i v) LRQ_LAMBDA {  // to nearest even, in the upper half
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(v, 16), _mm512_set1_epi32(1));
+        return _mm512_add_epi32(_mm512_add_epi32(v, odd), _mm512_set1_epi32(0x7fff));
+    };
+    const __m512i low = _mm512_srli_epi32(rounded(floats(first, first_scale)), 16);
+    const __m512i high = _mm512_and_si512(rounded(floats(second, second_scale)), _mm512_set1_epi32(-65536));
+    return _mm512_or_si512(low, high);
+}
+
+// Takes the principal part out of tokens.
+class Inlet {
+  public:
+    Inlet(const lrq_transform &from, const lrq_principal &p) : transform(from), principal(p) {
+        transform.rotation = LRQ_NONE;
+        ready = make_ready(transform, SLOT_INLET);
+        const int64_t width = transform.width, rank = p.rank;
+        stride = round_up(width, 32), tiles = ceil_div(width, 16), padded_rank = round_up(rank, SIDES);
+        const int64_t row_bytes = padded_rank * stride * 2;
+        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_DIRECTIONS, row_bytes + tiles * rank / 2 * 64));
+        rows = reinterpret_cast<uint16_t *>(memory), pairs = reinterpret_cast<__m512i *>(memory + row_bytes);
+        for (int64_t r = 0; r < padded_rank; ++r)
+            for (int64_t k = 0; k < stride; k += 32) {
+                const __mmask32 there = r >= rank || k >= width ? 0 : width - k >= 32 ? ~0u : (1u << (width - k)) - 1;
+                const __m256i codes = _mm256_maskz_loadu_epi8(there, p.inlet + r * width + k);
+                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+                _mm512_storeu_si512(rows + r * stride + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            }
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            for (int64_t j = 0; j < rank / 2; ++j) {
+                const int8_t *codes = p.inlet + 2 * j * width + 16 * tile;
+                pairs[tile * rank / 2 + j] = load_pairs(codes, codes + width, 1, 1, width - 16 * tile);
+            }
+    }
+
+    // Up to 8 tokens from `first`, centred, smoothed and without their principal part: float32 (count, width), valid until
+    // the thread's next call. p is written.
+    const float *take(int64_t first, int64_t count) const {
+        const int64_t width = transform.width, floats = round_up(MAX_ROWS * width + 16, 16);
+        float *x = static_cast<float *>(scratch(SLOT_PRINCIPAL, 4 * floats + 2 * MAX_ROWS * stride));
+        uint16_t *halves = reinterpret_cast<uint16_t *>(x + floats);
+        for (int64_t i = 0; i < count; ++i) {
+            float *row = x + i * width;
+            load_entries(ready, first + i, 0, width, row);  // zeros behind it are the next row's place
+            for (int64_t k = 0; k < stride; k += 32) {
+                const auto part = [&](int64_t at) LRQ_LAMBDA {
+                    const int64_t there = width - at;
+                    const __mmask16 lanes = there >= 16 ? 0xffff : there > 0 ? (1u << there) - 1 : 0;
+                    return _mm512_maskz_loadu_ps(lanes, row + at);
+                };
+                _mm512_storeu_si512(halves + i * stride + k, (__m512i)_mm512_cvtne2ps_pbh(part(k + 16), part(k)));
+            }
+        }
+        alignas(64) uint16_t back[MAX_ROWS][MAX_RANK];  // - p times U's scale
+        for (int64_t i = 0; i < count; i += 4)
+            for (int64_t r = 0; r < padded_rank; r += SIDES) find_coordinates(halves, first, i, count, r, back);
+        int64_t tile = 0;
+        for (; 16 * (tile + 3) <= width; tile += 3) subtract_part<3>(x, tile, count, back);
+        for (; tile < tiles; ++tile) subtract_part<1>(x, tile, count, back);
+        return x;
+    }
+
+  private:
+    static constexpr int SIDES = 6;
+    lrq_transform transform;
+    lrq_principal principal;
+    Ready ready;
+    int64_t stride, tiles, padded_rank;
+    uint16_t *rows;  // U^T's codes, (padded_rank, stride)
+    __m512i *pairs;  // the same as pairs of directions, (tiles, rank / 2)
+
+    // Directions [r, r + SIDES) of four tokens from i.
+    void find_coordinates(const uint16_t *halves, int64_t first, int64_t i, int64_t count, int64_t r,
+                          uint16_t (*back)[MAX_RANK]) const {
+        __m512 sums[4][SIDES] = {};
+        const uint16_t *token[4];
+        for (int64_t m = 0; m < 4; ++m) token[m] = halves + least(i + m, count - 1) * stride;
+        const uint16_t *directions = rows + r * stride;
+        for (int64_t k = 0; k < stride; k += 32) {
+            __m512i v[4];
+            unroll<4>([&](auto m) LRQ_LAMBDA { v[m] = _mm512_loadu_si512(token[m] + k); });
+            unroll<SIDES>([&](auto s) LRQ_LAMBDA {
+                const __m512i u = _mm512_loadu_si512(directions + s * stride + k);
+                unroll<4>([&](auto m) LRQ_LAMBDA { sums[m][s] = dot_pairs(sums[m][s], v[m], u); });
+            });
+        }
+        for (int64_t m = 0; m < 4 && i + m < count; ++m)
+            for (int64_t s = 0; s < SIDES && r + s < principal.rank; ++s) {
+                const float scale = principal.inlet_scale[r + s];
+                Floats p = splat(_mm512_reduce_add_ps(sums[m][s]) * scale);
+                const Halves rounded = to_bfloat16(p);
+                principal.coordinates[(first + i + m) * principal.rank + r + s] = rounded[0];
+                back[i + m][r + s] = to_bfloat16(from_bfloat16(rounded) * splat(-scale))[0];
+            }
+    }
+
+    // V tiles of 16 entries of all rows; V is 1 where a tile is not full.
+    template <int V>
+    LRQ_INLINE void subtract_part(float *x, int64_t tile, int64_t count, const uint16_t (*back)[MAX_RANK]) const {
+        const int64_t width = transform.width, steps = principal.rank / 2, there = width - 16 * tile;
+        const __mmask16 lanes = there >= 16 ? 0xffff : (1u << there) - 1;
+        const __m512i *from = pairs + tile * steps;
+        const auto some = [&](auto rows_at_once, int64_t i) LRQ_LAMBDA {
+            __m512 sums[rows_at_once][V];
+            unroll<rows_at_once>([&](auto m) LRQ_LAMBDA {
+                unroll<V>([&](auto v) LRQ_LAMBDA {
+                    sums[m][v] = _mm512_maskz_loadu_ps(lanes, x + (i + m) * width + 16 * (tile + v));
+                });
+            });
+            for (int64_t j = 0; j < steps; ++j) {
+                __m512i u[V];
+                unroll<V>([&](auto v) LRQ_LAMBDA { u[v] = _mm512_load_si512(from + v * steps + j); });
+                unroll<rows_at_once>([&](auto m) LRQ_LAMBDA {
+                    const __m512i p = _mm512_set1_epi32(load<int32_t>(&back[i + m][2 * j]));
+                    unroll<V>([&](auto v) LRQ_LAMBDA { sums[m][v] = dot_pairs(sums[m][v], p, u[v]); });
+                });
+            }
+            unroll<rows_at_once>([&](auto m) LRQ_LAMBDA {
+                unroll<V>([&](auto v) LRQ_LAMBDA {
+                    _mm512_mask_storeu_ps(x + (i + m) * width + 16 * (tile + v), lanes, sums[m][v]);
+                });
+            });
+        };
+        if (count == MAX_ROWS) return some(std::integral_constant<int, MAX_ROWS>{}, 0);
+        for (int64_t i = 0; i < count; ++i) some(std::integral_constant<int, 1>{}, i);
+    }
+};
+
+// Adds p C to the output.
+class Outlet {
+  public:
+    explicit Outlet(const lrq_principal &p) : principal(p) {}
+
+    // Bytes of a tile of 16 channels.
+    int64_t tile_bytes() const { return principal.rank / 2 * 64; }
+
+    void pack(const lrq_weight &w, int64_t tile, uint8_t *packed) const {
+        const int64_t width = w.out_features;
+        for (int64_t j = 0; j < principal.rank / 2; ++j) {
+            const int8_t *codes = principal.outlet + 2 * j * width + 16 * tile;
+            const float *scale = principal.outlet_scale + 2 * j;
+            store(packed + 64 * j, load_pairs(codes, codes + width, scale[0], scale[1], width - 16 * tile));
+        }
+    }
+
+    // p C for `rows` tokens from `first` and `count` packed tiles -> (rows, 16 * count).
+    void multiply(const uint8_t *packed, int64_t count, int64_t first, int64_t rows, float *out) const {
+        const uint16_t *p = principal.coordinates + first * principal.rank;
+        const int64_t stride = 16 * count;
+        int64_t i = 0;
+        if (count == 3)
+            for (; i + 8 <= rows; i += 8) multiply_block<8, 3>(packed, p + i * principal.rank, out + i * stride, stride);
+        for (; i < rows; ++i)
+            for (int64_t t = 0; t < count; ++t)
+                multiply_block<1, 1>(packed + t * tile_bytes(), p + i * principal.rank, out + i * stride + 16 * t, stride);
+    }
+
+  private:
+    const lrq_principal principal;
+
+    template <int R, int V>
+    void multiply_block(const uint8_t *packed, const uint16_t *p, float *out, int64_t stride) const {
+        __m512 sums[R][V] = {};
+        for (int64_t j = 0; j < principal.rank / 2; ++j) {
+            __m512i c[V];
+            unroll<V>([&](auto v) LRQ_LAMBDA { c[v] = _mm512_loadu_si512(packed + v * tile_bytes() + 64 * j); });
+            unroll<R>([&](auto m) LRQ_LAMBDA {
+                const __m512i pair = _mm512_set1_epi32(load<int32_t>(p + m * principal.rank + 2 * j));
+                unroll<V>([&](auto v) LRQ_LAMBDA { sums[m][v] = dot_pairs(sums[m][v], pair, c[v]); });
+            });
+        }
+        unroll<R>([&](auto m) LRQ_LAMBDA {
+            unroll<V>([&](auto v) LRQ_LAMBDA { _mm512_storeu_ps(out + m * stride + 16 * v, sums[m][v]); });
+        });
+    }
+};
+#else  // refused before they are reached
+struct Inlet {
+    Inlet(const lrq_transform &, const lrq_principal &) {}
+    const float *take(int64_t, int64_t) const { return nullptr; }
+};
+
+struct Outlet {
+    explicit Outlet(const lrq_principal &) {}
+    int64_t tile_bytes() const { return 0; }
+    void pack(const lrq_weight &, int64_t, uint8_t *) const {}
+    void multiply(const uint8_t *, int64_t, int64_t, int64_t, float *) const {}
+};
+#endif
+
+}  // namespace LRQ_ISA
+}  // namespace lrq

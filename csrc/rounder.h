@@ -1,0 +1,81 @@
+// From tokens to codes: the transform of transform.h, the principal part out of the way if there is one, rounding.
+#pragma once
+
+#include "principal.h"
+
+namespace lrq {
+namespace LRQ_ISA {
+
+// Rounds the tokens of one call, any rows at a time.
+class Rounder {
+  public:
+    Rounder(const lrq_transform &t, int bits, double clip, const int8_t *lookup, const Inlet *inlet, int8_t *codes,
+            float *scale)
+        : source(t), rest(t), inlet(inlet), bits(bits),
+          clip_over_largest(static_cast<float>(clip / ((1 << (bits - 1)) - 1))), lookup(lookup), codes(codes),
+          scale(scale), is_staircase(lookup && build_staircase(lookup, stairs)) {
+        if (inlet) rest.x_type = LRQ_FLOAT32, rest.offset = rest.scale = nullptr;  // x^ without its principal part
+        ready = make_ready(rest);
+    }
+    Rounder(const Rounder &) = delete;
+
+    int64_t row_bytes() const { return source.width * (source.x_type == LRQ_FLOAT32 ? 4 : 2); }
+    const uint8_t *input(int64_t row) const { return static_cast<const uint8_t *>(source.x) + row * row_bytes(); }
+
+    // count: 8 at most
+    void round(int64_t first, int64_t count) const {
+        if (!inlet) return round_rows(ready, first, count, first);
+        lrq_transform taken = rest;
+        taken.x = inlet->take(first, count), taken.rows = count;
+        Ready own = ready;
+        own.t = &taken;
+        round_rows(own, 0, count, first);
+    }
+
+  private:
+    const lrq_transform &source;
+    lrq_transform rest;
+    const Inlet *inlet;
+    Ready ready;
+    int bits;
+    float clip_over_largest;
+    const int8_t *lookup;
+    int8_t *codes;
+    float *scale;
+    Staircase stairs;
+    bool is_staircase;
+
+    // Rows of what is ready, as tokens from `token`.
+    void round_rows(const Ready &r, int64_t row, int64_t count, int64_t token) const {
+        const int64_t width = source.width;
+        transform_rows(r, row, count, [&](int64_t i, const float *values, Ints largest) {
+            const int64_t at = token + i - row;
+            int8_t *out = codes + at * width;
+            scale[at] =
+                quantize_row(values, largest, width, bits, clip_over_largest, is_staircase ? &stairs : nullptr, out);
+            if (lookup && !is_staircase)
+                for (int64_t k = 0; k < width; ++k) out[k] = lookup[out[k] + 128];
+        });
+    }
+};
+
+// body(inlet or nullptr)
+template <class Body> LRQ_INLINE void with_inlet(const lrq_transform &t, const lrq_principal *p, Body &&body) {
+    if (!p) return body(static_cast<const Inlet *>(nullptr));
+    const Inlet inlet(t, *p);
+    body(&inlet);
+}
+
+inline void quantize_tokens(const lrq_transform &t, int bits, double clip, const int8_t *lookup,
+                            const lrq_principal *principal, int threads, int8_t *codes, float *scale) {
+    with_inlet(t, principal, [&](const Inlet *inlet) {
+        const Rounder rounder(t, bits, clip, lookup, inlet, codes, scale);
+        parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
+            const int64_t first = task * ROWS_PER_TASK;
+            rounder.round(first, least(ROWS_PER_TASK, t.rows - first));
+        });
+    });
+}
+
+}  // namespace LRQ_ISA
+}  // namespace lrq
