@@ -172,7 +172,7 @@ void check(const lrq_transform *t, int threads, const void *out) {
 // The parts of a principal part that any call needs; then those that tokens need, and those of a product.
 void check(const lrq_principal *p, int64_t rows) {
     require(kernels().repeat_pairs, "principal part: this instruction set does not multiply bfloat16");
-    require(p->rank > 0 && p->rank <= 32 && p->rank % 2 == 0, "principal part: its rank must be even, 2 to 32");
+    require(p->rank > 0 && p->rank <= 32, "principal part: its rank must be 1 to 32");
     require(p->coordinates || !rows, "principal part: the coordinates' memory is missing");
 }
 

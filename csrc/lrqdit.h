@@ -59,8 +59,8 @@ typedef struct {
     const float *inlet_scale;  /* (rank), of U's columns */
     const int8_t *outlet;      /* C (rank, N); NULL for tokens alone */
     const float *outlet_scale; /* (rank) */
-    int64_t rank;              /* even, at most 32 */
-    uint16_t *coordinates;     /* p, bfloat16 (rows, rank): written with the tokens, read by the product */
+    int64_t rank;              /* at most 32 */
+    uint16_t *coordinates;     /* p, bfloat16 (rows, rank rounded up to even): written with the tokens, read by the product */
 } lrq_principal;
 
 /* A weight whose levels are fitted. */

@@ -13,20 +13,21 @@ namespace LRQ_ISA {
 #if defined(__AVX512BF16__)
 constexpr int64_t MAX_RANK = 32, MAX_ROWS = 8;
 
-// 16 entries of two directions, in pairs; the first `count` are read, the others are 0.
-LRQ_INLINE __m512i load_pairs(const int8_t *first, const int8_t *second, float first_scale, float second_scale,
-                              int64_t count) {
-    const __mmask16 lanes = count >= 16 ? 0xffff : (1u << count) - 1;
-    const auto floats = [&](const int8_t *codes, float scale) LRQ_LAMBDA {
-        const __m512i wide = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, codes));
-        return (__m512i)(_mm512_cvtepi32_ps(wide) * _mm512_set1_ps(scale));
+// 16 entries from k of directions r and r + 1 of (rank, width), times their scales if there are any, in pairs; what is not
+// there is 0.
+LRQ_INLINE __m512i load_pairs(const int8_t *codes, const float *scale, int64_t rank, int64_t width, int64_t r, int64_t k) {
+    const __mmask16 lanes = width - k >= 16 ? 0xffff : (1u << (width - k)) - 1;
+    const auto floats = [&](int64_t r) LRQ_LAMBDA {
+        if (r >= rank) return _mm512_setzero_si512();
+        const __m512i wide = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, codes + r * width + k));
+        return (__m512i)(_mm512_cvtepi32_ps(wide) * _mm512_set1_ps(scale ? scale[r] : 1));
     };
     const auto rounded = [](__m512i v) LRQ_LAMBDA {  // to nearest even, in the upper half
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(v, 16), _mm512_set1_epi32(1));
         return _mm512_add_epi32(_mm512_add_epi32(v, odd), _mm512_set1_epi32(0x7fff));
     };
-    const __m512i low = _mm512_srli_epi32(rounded(floats(first, first_scale)), 16);
-    const __m512i high = _mm512_and_si512(rounded(floats(second, second_scale)), _mm512_set1_epi32(-65536));
+    const __m512i low = _mm512_srli_epi32(rounded(floats(r)), 16);
+    const __m512i high = _mm512_and_si512(rounded(floats(r + 1)), _mm512_set1_epi32(-65536));
     return _mm512_or_si512(low, high);
 }
 
@@ -37,9 +38,10 @@ class Inlet {
         transform.rotation = LRQ_NONE;
         ready = make_ready(transform, SLOT_INLET);
         const int64_t width = transform.width, rank = p.rank;
-        stride = round_up(width, 32), tiles = ceil_div(width, 16), padded_rank = round_up(rank, SIDES);
+        steps = ceil_div(rank, 2), stride = round_up(width, 32), tiles = ceil_div(width, 16);
+        padded_rank = round_up(2 * steps, SIDES);
         const int64_t row_bytes = padded_rank * stride * 2;
-        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_DIRECTIONS, row_bytes + tiles * rank / 2 * 64));
+        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_DIRECTIONS, row_bytes + tiles * steps * 64));
         rows = reinterpret_cast<uint16_t *>(memory), pairs = reinterpret_cast<__m512i *>(memory + row_bytes);
         for (int64_t r = 0; r < padded_rank; ++r)
             for (int64_t k = 0; k < stride; k += 32) {
@@ -50,10 +52,8 @@ class Inlet {
                 _mm512_storeu_si512(rows + r * stride + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
             }
         for (int64_t tile = 0; tile < tiles; ++tile)
-            for (int64_t j = 0; j < rank / 2; ++j) {
-                const int8_t *codes = p.inlet + 2 * j * width + 16 * tile;
-                pairs[tile * rank / 2 + j] = load_pairs(codes, codes + width, 1, 1, width - 16 * tile);
-            }
+            for (int64_t j = 0; j < steps; ++j)
+                pairs[tile * steps + j] = load_pairs(p.inlet, nullptr, rank, width, 2 * j, 16 * tile);
     }
 
     // Up to 8 tokens from `first`, centred, smoothed and without their principal part: float32 (count, width), valid until
@@ -88,9 +88,9 @@ class Inlet {
     lrq_transform transform;
     lrq_principal principal;
     Ready ready;
-    int64_t stride, tiles, padded_rank;
-    uint16_t *rows;  // U^T's codes, (padded_rank, stride)
-    __m512i *pairs;  // the same as pairs of directions, (tiles, rank / 2)
+    int64_t steps, stride, tiles, padded_rank;  // steps: pairs of directions
+    uint16_t *rows;                             // U^T's codes, (padded_rank, stride)
+    __m512i *pairs;                             // the same in pairs of directions, (tiles, steps)
 
     // Directions [r, r + SIDES) of four tokens from i.
     void find_coordinates(const uint16_t *halves, int64_t first, int64_t i, int64_t count, int64_t r,
@@ -108,11 +108,11 @@ class Inlet {
             });
         }
         for (int64_t m = 0; m < 4 && i + m < count; ++m)
-            for (int64_t s = 0; s < SIDES && r + s < principal.rank; ++s) {
-                const float scale = principal.inlet_scale[r + s];
-                Floats p = splat(_mm512_reduce_add_ps(sums[m][s]) * scale);
+            for (int64_t s = 0; s < SIDES && r + s < 2 * steps; ++s) {
+                const float scale = r + s < principal.rank ? principal.inlet_scale[r + s] : 0;
+                const Floats p = splat(_mm512_reduce_add_ps(sums[m][s]) * scale);
                 const Halves rounded = to_bfloat16(p);
-                principal.coordinates[(first + i + m) * principal.rank + r + s] = rounded[0];
+                principal.coordinates[(first + i + m) * 2 * steps + r + s] = rounded[0];
                 back[i + m][r + s] = to_bfloat16(from_bfloat16(rounded) * splat(-scale))[0];
             }
     }
@@ -120,7 +120,7 @@ class Inlet {
     // V tiles of 16 entries of all rows; V is 1 where a tile is not full.
     template <int V>
     LRQ_INLINE void subtract_part(float *x, int64_t tile, int64_t count, const uint16_t (*back)[MAX_RANK]) const {
-        const int64_t width = transform.width, steps = principal.rank / 2, there = width - 16 * tile;
+        const int64_t width = transform.width, there = width - 16 * tile;
         const __mmask16 lanes = there >= 16 ? 0xffff : (1u << there) - 1;
         const __m512i *from = pairs + tile * steps;
         const auto some = [&](auto rows_at_once, int64_t i) LRQ_LAMBDA {
@@ -152,43 +152,39 @@ class Inlet {
 // Adds p C to the output.
 class Outlet {
   public:
-    explicit Outlet(const lrq_principal &p) : principal(p) {}
+    explicit Outlet(const lrq_principal &p) : principal(p), steps(ceil_div(p.rank, 2)) {}
 
     // Bytes of a tile of 16 channels.
-    int64_t tile_bytes() const { return principal.rank / 2 * 64; }
+    int64_t tile_bytes() const { return steps * 64; }
 
     void pack(const lrq_weight &w, int64_t tile, uint8_t *packed) const {
-        const int64_t width = w.out_features;
-        for (int64_t j = 0; j < principal.rank / 2; ++j) {
-            const int8_t *codes = principal.outlet + 2 * j * width + 16 * tile;
-            const float *scale = principal.outlet_scale + 2 * j;
-            store(packed + 64 * j, load_pairs(codes, codes + width, scale[0], scale[1], width - 16 * tile));
-        }
+        for (int64_t j = 0; j < steps; ++j)
+            store(packed + 64 * j, load_pairs(principal.outlet, principal.outlet_scale, principal.rank, w.out_features,
+                                              2 * j, 16 * tile));
     }
 
     // p C for `rows` tokens from `first` and `count` packed tiles -> (rows, 16 * count).
     void multiply(const uint8_t *packed, int64_t count, int64_t first, int64_t rows, float *out) const {
-        const uint16_t *p = principal.coordinates + first * principal.rank;
+        const uint16_t *p = principal.coordinates + first * 2 * steps;
         const int64_t stride = 16 * count;
-        int64_t i = 0;
-        if (count == 3)
-            for (; i + 8 <= rows; i += 8) multiply_block<8, 3>(packed, p + i * principal.rank, out + i * stride, stride);
-        for (; i < rows; ++i)
+        if (count == 3 && rows == MAX_ROWS) return multiply_block<MAX_ROWS, 3>(packed, p, out, stride);
+        for (int64_t i = 0; i < rows; ++i)
             for (int64_t t = 0; t < count; ++t)
-                multiply_block<1, 1>(packed + t * tile_bytes(), p + i * principal.rank, out + i * stride + 16 * t, stride);
+                multiply_block<1, 1>(packed + t * tile_bytes(), p + i * 2 * steps, out + i * stride + 16 * t, stride);
     }
 
   private:
     const lrq_principal principal;
+    const int64_t steps;
 
     template <int R, int V>
     void multiply_block(const uint8_t *packed, const uint16_t *p, float *out, int64_t stride) const {
         __m512 sums[R][V] = {};
-        for (int64_t j = 0; j < principal.rank / 2; ++j) {
+        for (int64_t j = 0; j < steps; ++j) {
             __m512i c[V];
             unroll<V>([&](auto v) LRQ_LAMBDA { c[v] = _mm512_loadu_si512(packed + v * tile_bytes() + 64 * j); });
             unroll<R>([&](auto m) LRQ_LAMBDA {
-                const __m512i pair = _mm512_set1_epi32(load<int32_t>(p + m * principal.rank + 2 * j));
+                const __m512i pair = _mm512_set1_epi32(load<int32_t>(p + m * 2 * steps + 2 * j));
                 unroll<V>([&](auto v) LRQ_LAMBDA { sums[m][v] = dot_pairs(sums[m][v], pair, c[v]); });
             });
         }

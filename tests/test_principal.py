@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_fit import fit, observe, random
 from torch import nn
 
-from lrqdit import ops, rotation
+from lrqdit import kernels, native, ops, rotation
 from lrqdit.activation import InputTransform
 from lrqdit.calibrate import ActivationStats
 from lrqdit.config import QuantizationConfig
@@ -163,3 +163,98 @@ def test_bad_ranks_are_refused():
     for rank in (-1, 300, 1.5, True):
         with pytest.raises(ConfigError, match="principal_rank"):
             QuantizationConfig.from_name("w4a4", principal_rank=rank)
+
+
+def bfloat16_layer(width, out_features, rank, activation_bits=8):
+    """A layer of random weights and directions, and tokens for it."""
+    form = LinearFormat(
+        width, out_features, 8, activation_bits, table_rows=0, principal_rank=rank, has_offset=True, has_scale=True
+    )
+    layer = QuantLinear(form, torch.bfloat16)
+    transform = InputTransform(
+        rotation.Rotation("none", width, ()), random(width, seed=1).half(), random(width, seed=2).abs().add(0.5).half(),
+        principal=LowRank.round(torch.linalg.qr(random(width, rank, seed=3)).Q.T),
+    )  # fmt: skip
+    codes = torch.randint(0, 256, (out_features, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    scale, bias = random(out_features, seed=5).abs() * 1e-3, random(out_features, seed=6)
+    layer.fill(codes, None, scale, bias, transform, LowRank.round(random(rank, out_features, seed=7)))
+    return layer
+
+
+needs_pairs = pytest.mark.skipif(
+    native.LIBRARY is None or not native.LIBRARY.lrq_has_pairs(), reason="no kernels that multiply bfloat16"
+)
+
+
+@needs_pairs
+@pytest.mark.parametrize(
+    "rows, width, out_features, rank",
+    [
+        (1, 48, 33, 2),
+        (3, 100, 52, 1),
+        (5, 33, 17, 5),
+        (8, 96, 48, 24),
+        (9, 288, 144, 17),
+        (70, 160, 100, 32),
+        (300, 96, 64, 7),
+    ],
+)
+def test_kernels_take_it_out_as_exactly_as_torch(monkeypatch, rows, width, out_features, rank):
+    layer, x = bfloat16_layer(width, out_features, rank), (4 * random(rows, width, seed=8)).bfloat16()
+    offset = layer.input_transform.input_offset.double()
+    truth = (x.double() - offset) @ layer.dequantize().double().T + layer.bias.double()
+
+    def error(y):
+        return float((y.double() - truth).norm() / truth.norm())
+
+    assert layer.calls.prepare(x, layer) and layer.calls.takes_principal(x)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(layer(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    codes, scale, p = layer.calls.quantize_tokens(x, has_principal=True)
+    assert torch.equal(layer.calls.quantized_linear(codes, scale, torch.bfloat16, p), found[0])
+    exact = layer.input_transform.smooth(x.float()) @ layer.input_transform.principal.values.T
+    assert float((p[:, :rank].float() - exact).norm() / exact.norm()) < 0.01
+    assert not p[:, rank:].any()
+    monkeypatch.setattr(kernels.LayerCalls, "takes_principal", lambda *_: False)
+    by_torch = layer(x)
+    assert error(found[0]) < 1.25 * error(by_torch) < 0.01  # both are roundings of bfloat16
+    # what torch took out can be added by a kernel, too
+    t = layer.input_transform
+    left, by_split = split(x, t.principal, t.input_offset, t.input_scale)
+    codes, scale, _ = layer.calls.quantize_tokens(left)
+    assert error(layer.calls.quantized_linear(codes, scale, torch.bfloat16, by_split)) < 1.25 * error(by_torch)
+
+
+@needs_pairs
+def test_layers_that_share_an_input_share_its_coordinates(monkeypatch):
+    first, second, x = bfloat16_layer(96, 48, 6), bfloat16_layer(96, 80, 6), random(20, 96, seed=9).bfloat16()
+    alone = first(x), second(x)
+    second.share_input(first)
+    calls = []
+    original = kernels.LayerCalls.linear
+    monkeypatch.setattr(kernels.LayerCalls, "linear", lambda *a, **k: calls.append(1) or original(*a, **k))
+    with torch.no_grad():
+        assert torch.equal(first(x), alone[0]) and torch.equal(second(x), alone[1]) and len(calls) == 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(first(x), alone[0])
+
+
+@needs_pairs
+def test_other_dtypes_and_ranks_are_left_to_torch():
+    x = random(6, 96)
+    wide = bfloat16_layer(96, 48, 33)
+    for layer, tokens_of in (
+        (bfloat16_layer(96, 48, 6), x),
+        (bfloat16_layer(96, 48, 6), x.half()),
+        (wide, x.bfloat16()),
+    ):
+        assert layer.calls.prepare(tokens_of, layer) and not layer.calls.takes_principal(tokens_of)
+        truth = (x.double() - layer.input_transform.input_offset.double()) @ layer.dequantize().double().T
+        found = layer(tokens_of).double() - layer.bias.double()
+        assert float((found - truth).norm() / truth.norm()) < 0.05

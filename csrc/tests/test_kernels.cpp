@@ -3,6 +3,7 @@
 // Every buffer is a heap block of exactly its size, so the address sanitizer sees one byte too many. Prints one line
 // for each check that failed and ends with status 1 if any did.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -799,6 +800,87 @@ void test_transforms() {
     }
 }
 
+void test_principal() {
+    for (const auto &[rows, width, out_features, rank] : std::vector<std::array<int64_t, 4>>{
+             {1, 48, 33, 2}, {3, 100, 52, 1}, {5, 33, 17, 5}, {9, 96, 48, 24}, {40, 200, 100, 31}, {70, 64, 48, 32}})
+        for (const std::string &isa : supported()) {
+            lrq_use_isa(isa.c_str());
+            if (!lrq_has_pairs()) continue;
+            const std::string what = text("principal part, M %d, K %d, N %d, rank %d on %s: ", int(rows), int(width),
+                                          int(out_features), int(rank), isa.c_str());
+            const Transform t(LRQ_NONE, rows, width, {}, LRQ_BFLOAT16, true, 3);
+            const Weight w(out_features, width, 4, false, true, 5);
+            Random random{9};
+            Array<int8_t> inlet(rank * width), outlet(rank * out_features), codes(rows * width), other_codes(rows * width);
+            for (int64_t i = 0; i < inlet.size(); ++i) inlet[i] = static_cast<int8_t>(random.below(255) - 127);
+            for (int64_t i = 0; i < outlet.size(); ++i) outlet[i] = static_cast<int8_t>(random.below(255) - 127);
+            Array<float> inlet_scale(rank), outlet_scale(rank), scale(rows), other_scale(rows);
+            for (int64_t r = 0; r < rank; ++r)
+                inlet_scale[r] = 1e-4f * static_cast<float>(r + 1), outlet_scale[r] = 1e-3f * static_cast<float>(r + 2);
+            const int64_t even = rank + rank % 2;
+            Array<uint16_t> p(rows * even), other_p(rows * even), out(rows * out_features), other(rows * out_features);
+            lrq_principal part{inlet.data(), inlet_scale.data(), outlet.data(), outlet_scale.data(), rank, p.data()};
+            if (!check(!lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, &part, 1, codes.data(), scale.data()) &&
+                           !lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), &part, LRQ_BFLOAT16, 1, out.data()),
+                       what + lrq_last_error()))
+                return;
+            const auto value = [](uint16_t half) { return static_cast<double>(from_bfloat16(half)); };
+            bool is_right = true;
+            for (int64_t i = 0; i < rows; ++i) {
+                std::vector<double> x(width), left(width);
+                for (int64_t k = 0; k < width; ++k)
+                    left[k] = x[k] = (static_cast<double>(t.values[i * width + k]) - from_half(t.offset[k])) *
+                                     from_half(t.scale[k]);
+                for (int64_t r = 0; r < rank; ++r) {
+                    double exact = 0, size = 0;
+                    for (int64_t k = 0; k < width; ++k) {
+                        exact += x[k] * inlet[r * width + k] * inlet_scale[r];
+                        size += std::fabs(x[k] * inlet[r * width + k] * inlet_scale[r]);
+                        left[k] -= value(p[i * even + r]) * inlet_scale[r] * inlet[r * width + k];
+                    }
+                    is_right &= std::fabs(exact - value(p[i * even + r])) <= 0.01 * size;
+                }
+                if (even > rank) is_right &= p[i * even + rank] == 0;
+                double largest = 0, sum_of_parts = 0;
+                for (int64_t k = 0; k < width; ++k) largest = std::max(largest, std::fabs(left[k]));
+                for (int64_t r = 0; r < rank; ++r) sum_of_parts += std::fabs(value(p[i * even + r])) * inlet_scale[r] * 127;
+                for (int64_t k = 0; k < width; ++k)
+                    is_right &= std::fabs(codes[i * width + k] * static_cast<double>(scale[i]) - left[k]) <=
+                                0.51 * scale[i] + 0.004 * sum_of_parts;
+                for (int64_t n = 0; n < out_features; ++n) {
+                    double y = 0, size = 0;
+                    for (int64_t k = 0; k < width; ++k)
+                        y += static_cast<double>(codes[i * width + k]) * w.dense[n * width + k];
+                    y = y * scale[i] * w.row_scale[n] + w.bias[n];
+                    size = std::fabs(y);
+                    for (int64_t r = 0; r < rank; ++r) {
+                        const double one = value(p[i * even + r]) * outlet[r * out_features + n] * outlet_scale[r];
+                        y += one, size += std::fabs(one);
+                    }
+                    is_right &= std::fabs(value(out[i * out_features + n]) - y) <= 0.01 * size + 1e-6;
+                }
+            }
+            check(is_right, what + "wrong");
+            for (const int threads : {1, 2, 3}) {
+                part.coordinates = other_p.data();
+                const int status = lrq_linear(&t.c, 8, 1.0, nullptr, &w.c, &part, LRQ_BFLOAT16, threads, other_codes.data(),
+                                              other_scale.data(), other.data());
+                check(status == 0 && other == out && other_codes == codes && other_scale == scale && other_p == p,
+                      what + text("%d threads: ", threads) + lrq_last_error());
+            }
+            part.rank = 33;
+            check(lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, &part, 1, codes.data(), scale.data()), what + "rank 33");
+            part.rank = rank, part.inlet = nullptr;
+            check(lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, &part, 1, codes.data(), scale.data()), what + "no inlet");
+            part.outlet = nullptr;
+            check(lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), &part, LRQ_BFLOAT16, 1, out.data()),
+                  what + "no outlet");
+            lrq_use_isa("serial");
+            part = {inlet.data(), inlet_scale.data(), outlet.data(), outlet_scale.data(), rank, p.data()};
+            check(lrq_quantize_tokens(&t.c, 8, 1.0, nullptr, &part, 1, codes.data(), scale.data()), what + "serial");
+        }
+}
+
 void test_special_rows() {
     const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
     for (const auto &[rotation, width, factors] : std::vector<std::tuple<int, int64_t, std::vector<int64_t>>>{
@@ -1127,7 +1209,7 @@ void test_bad_arguments() {
     const auto refuse_linear = [&](const char *what, const lrq_transform *transform, const lrq_weight *weight, int bits,
                                    float *steps, int threads) {
         refuse(what, out, [&] {
-            return lrq_linear(transform, bits, 1.0, nullptr, weight, LRQ_FLOAT32, threads, codes_out, steps,
+            return lrq_linear(transform, bits, 1.0, nullptr, weight, nullptr, LRQ_FLOAT32, threads, codes_out, steps,
                               scale.data());
         });
     };
@@ -1176,7 +1258,7 @@ void test_bad_arguments() {
     lrq_use_isa(supported().front().c_str());
 
     // no rows: nothing to do, and nothing to point to
-    check(lrq_quantized_linear(&good.c, 0, nullptr, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
+    check(lrq_quantized_linear(&good.c, 0, nullptr, nullptr, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
     check(lrq_weight_only_linear(&eight.c, 0, nullptr, LRQ_FLOAT32, 1, nullptr) == 0, "0 rows");
     const Transform none(LRQ_HADAMARD, 0, 24, {12, 2}, LRQ_FLOAT32, true, 1);
     check(lrq_quantize_tokens(&none.c, 8, 1.0, nullptr, nullptr, 1, nullptr, nullptr) == 0, "0 rows");
@@ -1212,6 +1294,7 @@ int main() {
         {"quantized_linear", test_quantized_linear},
         {"linear", test_linear},
         {"attention", test_attention},
+        {"principal part", test_principal},
         {"conversions", test_conversions},
         {"weight_only_linear", test_weight_only},
         {"trellis", test_trellis},

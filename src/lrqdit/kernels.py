@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrqdit import native, ops
@@ -218,7 +219,7 @@ class LayerCalls:
         """Whether the kernels take the principal part of x out and add what the weight makes of it."""
         rank = self.format.principal_rank
         is_bfloat16 = x.dtype == out_dtype == torch.bfloat16
-        return is_bfloat16 and 0 < rank <= MAX_RANK and rank % 2 == 0 and bool(native.LIBRARY.lrq_has_pairs())
+        return is_bfloat16 and 0 < rank <= MAX_RANK and bool(native.LIBRARY.lrq_has_pairs())
 
     def quantize_tokens(self, x: Tensor, has_principal: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes and steps; with has_principal the coordinates of the principal part, too."""
@@ -231,7 +232,7 @@ class LayerCalls:
         self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype, coordinates: Tensor | None = None
     ) -> Tensor:
         """The output; coordinates: those of a principal part that is to be added."""
-        principal = None if coordinates is None else self._principal(len(codes), coordinates)[0]
+        principal, _kept = (None, None) if coordinates is None else self._principal(len(codes), coordinates)
         return _multiply(self.weight, codes, scale, out_dtype, principal)
 
     def linear(
@@ -251,7 +252,9 @@ class LayerCalls:
     def _principal(self, rows: int, coordinates: Tensor | None = None) -> tuple[native.Principal, Tensor]:
         rank = self.format.principal_rank
         if coordinates is None:
-            coordinates = torch.empty(rows, rank, dtype=torch.bfloat16)
+            coordinates = torch.empty(rows, rank + rank % 2, dtype=torch.bfloat16)
+        elif coordinates.shape[1] % 2:  # torch's
+            coordinates = F.pad(coordinates, (0, 1))
         return native.Principal(*self.directions, rank, coordinates.data_ptr()), coordinates
 
     def weight_only_linear(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -326,6 +326,7 @@ class QuantLinear(nn.Linear):
             principal = coordinates if has_principal else principal
             self.shared_input.put(x, codes, scale, principal)
         if principal is not None and not has_principal:
+            principal = principal[:, : self.format.principal_rank]  # a kernel has an even number of columns
             y = y.addmm_(principal.to(out_dtype), self._low_rank("outlet").values.to(out_dtype))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
