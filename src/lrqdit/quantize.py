@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 from tqdm.auto import tqdm
 
-from lrqdit import checkpoint, diffusers_plugin, models
+from lrqdit import attention, checkpoint, diffusers_plugin, models
 from lrqdit.accounting import SizeReport, measure_size
 from lrqdit.activation import InputTransform
 from lrqdit.calibrate import ActivationStats, InputGroup, Observer
@@ -285,6 +285,7 @@ def observe(
         name: StepRecorder(config.seed, lambda observer=observer: observer.is_held_out)
         for name, observer in observers.items()
     }
+    attention.start()  # now and not with the first quantized model, so that every run of a process sees the same numbers
     with contextlib.ExitStack() as stack:
         for observer in observers.values():
             stack.enter_context(observer)
