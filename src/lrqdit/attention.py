@@ -94,7 +94,8 @@ def use(name: str) -> Iterator[None]:
 
 
 def start() -> None:
-    """Switch the native kernel on where it runs, unless somebody chose; called when a quantized model is ready.
+    """Switch the native kernel on where it runs, unless somebody chose; called when a model is calibrated,
+    quantized or loaded.
 
     Raises:
         ConfigError, KernelError: if the environment variable asks for what is not there.

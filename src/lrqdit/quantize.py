@@ -285,7 +285,7 @@ def observe(
         name: StepRecorder(config.seed, lambda observer=observer: observer.is_held_out)
         for name, observer in observers.items()
     }
-    attention.start()  # now and not with the first quantized model, so that every run of a process sees the same numbers
+    attention.start()  # now, so that a process's first calibration sees what later ones see
     with contextlib.ExitStack() as stack:
         for observer in observers.values():
             stack.enter_context(observer)
