@@ -335,7 +335,7 @@ inline void attend_all(const lrq_attention &a, int threads) {
         const int64_t b = task / chunks / a.heads, h = task / chunks % a.heads;
         const int64_t first_block = task % chunks * chunk, end_block = least(first_block + chunk, blocks);
         Segment s;
-        s.keys = static_cast<uint8_t *>(scratch(SLOT_PANEL, segment_keys * a.width * 4));
+        s.keys = static_cast<uint8_t *>(scratch(SLOT_COPY, segment_keys * a.width * 4));
         s.values = s.keys + segment_keys * a.width * 2;
         uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_ROWS, block_bytes));
         __m512 *all_seen = static_cast<__m512 *>(scratch(SLOT_SUMS, (segments > 1 ? chunk : 1) * seen_registers * 64));

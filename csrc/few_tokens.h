@@ -85,7 +85,7 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
                 {
                 float added[ROWS][16];
                 if (principal) {
-                    uint8_t *packed = static_cast<uint8_t *>(scratch(SLOT_PANEL, outlet.tile_bytes()));
+                    uint8_t *packed = static_cast<uint8_t *>(scratch(SLOT_COPY, outlet.tile_bytes()));
                     outlet.pack(w, tile + g, packed);
                     outlet.multiply(packed, 1, 0, ROWS, added[0]);
                 }

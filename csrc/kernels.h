@@ -45,7 +45,7 @@ void run_parallel(int threads, int64_t tasks, void (*task)(void *context, int64_
 enum Slot {
     SLOT_SHARED,
     SLOT_CALL,
-    SLOT_PANEL,
+    SLOT_PANEL,  // the product's alone: it begins with what it holds
     SLOT_COPY,
     SLOT_ROWS,
     SLOT_SUMS,
