@@ -125,7 +125,7 @@ def _why_not_by_default() -> str:
     if wanted and why:
         raise KernelError(f"{ENVIRONMENT}={wanted}: {why}")
     if not why and not wanted and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return f"this CPU has AMX, which torch uses and ours does not; {ENVIRONMENT}=native to compare"
+        return f"this CPU has AMX, which torch may use and ours does not; {ENVIRONMENT}=native to compare"
     return why
 
 
