@@ -22,12 +22,6 @@ LRQ_INLINE u8x16 look_up(u8x16 table, u8x16 index) {
 
 LRQ_INLINE i8x16 look_up(u8x16 table, i8x16 index) { return (i8x16)look_up(table, (u8x16)index); }
 
-#if defined(__AVX512BW__)
-LRQ_INLINE i8x64 look_up(u8x16 table, i8x64 index) {
-    return (i8x64)_mm512_shuffle_epi8(_mm512_broadcast_i32x4((__m128i)table), (__m512i)index);
-}
-#endif
-
 // A code's bits in the planes of 64 bytes that a tile begins with; the others lie behind these.
 template <int BITS> constexpr int LOW = BITS == 3 ? 2 : BITS == 5 || BITS == 6 ? 4 : BITS;
 template <int BITS> constexpr int PLANES = LOW<BITS> / 2;

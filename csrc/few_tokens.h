@@ -81,8 +81,7 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
                 else
                     multiply_few<ROWS, 1, bits, is_trellis>(w, tile, tables, padded, stride, starts, sums);
             });
-            for (int64_t g = 0; g < count; ++g)
-                {
+            for (int64_t g = 0; g < count; ++g) {
                 float added[ROWS][16];
                 if (principal) {
                     uint8_t *packed = static_cast<uint8_t *>(scratch(SLOT_COPY, outlet.tile_bytes()));

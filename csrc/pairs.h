@@ -13,13 +13,13 @@ LRQ_INLINE __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
     return sums;
 }
 
-// sums[r][v] += the products of pairs a[r] and b[v] over steps; b: V registers a step.
-template <int R, int V>
+// sums[r][v] += the products of pairs a[r] and b[v] over steps; b: V registers a step, or `steps` in a row for each v.
+template <int R, int V, bool IS_BY_STEP = true>
 LRQ_INLINE void multiply_pairs(__m512 (&sums)[R][V], const uint8_t *a, int64_t row_stride, int64_t step_stride,
                                const __m512i *b, int64_t steps) {
-    for (int64_t k = 0; k < steps; ++k, a += step_stride, b += V) {
+    for (int64_t k = 0; k < steps; ++k, a += step_stride, b += IS_BY_STEP ? V : 1) {
         __m512i columns[V];
-        unroll<V>([&](auto v) LRQ_LAMBDA { columns[v] = _mm512_load_si512(b + v); });
+        unroll<V>([&](auto v) LRQ_LAMBDA { columns[v] = _mm512_load_si512(b + (IS_BY_STEP ? v : v * steps)); });
         unroll<R>([&](auto r) LRQ_LAMBDA {
             const __m512i row = _mm512_set1_epi32(load<int32_t>(a + r * row_stride));
             unroll<V>([&](auto v) LRQ_LAMBDA { sums[r][v] = dot_pairs(sums[r][v], row, columns[v]); });

@@ -130,14 +130,8 @@ class Inlet {
                     sums[m][v] = _mm512_maskz_loadu_ps(lanes, x + (i + m) * width + 16 * (tile + v));
                 });
             });
-            for (int64_t j = 0; j < steps; ++j) {
-                __m512i u[V];
-                unroll<V>([&](auto v) LRQ_LAMBDA { u[v] = _mm512_load_si512(from + v * steps + j); });
-                unroll<rows_at_once>([&](auto m) LRQ_LAMBDA {
-                    const __m512i p = _mm512_set1_epi32(load<int32_t>(&back[i + m][2 * j]));
-                    unroll<V>([&](auto v) LRQ_LAMBDA { sums[m][v] = dot_pairs(sums[m][v], p, u[v]); });
-                });
-            }
+            multiply_pairs<rows_at_once, V, false>(sums, reinterpret_cast<const uint8_t *>(back[i]), 2 * MAX_RANK, 4, from,
+                                                   steps);
             unroll<rows_at_once>([&](auto m) LRQ_LAMBDA {
                 unroll<V>([&](auto v) LRQ_LAMBDA {
                     _mm512_mask_storeu_ps(x + (i + m) * width + 16 * (tile + v), lanes, sums[m][v]);
@@ -180,14 +174,8 @@ class Outlet {
     template <int R, int V>
     void multiply_block(const uint8_t *packed, const uint16_t *p, float *out, int64_t stride) const {
         __m512 sums[R][V] = {};
-        for (int64_t j = 0; j < steps; ++j) {
-            __m512i c[V];
-            unroll<V>([&](auto v) LRQ_LAMBDA { c[v] = _mm512_loadu_si512(packed + v * tile_bytes() + 64 * j); });
-            unroll<R>([&](auto m) LRQ_LAMBDA {
-                const __m512i pair = _mm512_set1_epi32(load<int32_t>(p + m * 2 * steps + 2 * j));
-                unroll<V>([&](auto v) LRQ_LAMBDA { sums[m][v] = dot_pairs(sums[m][v], pair, c[v]); });
-            });
-        }
+        multiply_pairs<R, V, false>(sums, reinterpret_cast<const uint8_t *>(p), 4 * steps, 4,
+                                    reinterpret_cast<const __m512i *>(packed), steps);
         unroll<R>([&](auto m) LRQ_LAMBDA {
             unroll<V>([&](auto v) LRQ_LAMBDA { _mm512_storeu_ps(out + m * stride + 16 * v, sums[m][v]); });
         });

@@ -136,14 +136,13 @@ inline Product plan(const lrq_transform &t, int lanes) {
     return p;
 }
 
-template <class V, int N> LRQ_INLINE void apply_butterfly(float *first, int64_t inner) {
-    butterfly<V, N>([&](auto m) LRQ_LAMBDA { return load<V>(first + m * inner); },
-                    [&](auto m, V v) LRQ_LAMBDA { store(first + m * inner, v); });
-}
-
 template <class V, int N> LRQ_INLINE void apply_butterflies(float *x, int64_t outer, int64_t inner) {
     for (int64_t o = 0; o < outer; ++o)
-        for (int64_t i = 0; i < inner; i += sizeof(V) / 4) apply_butterfly<V, N>(x + o * N * inner + i, inner);
+        for (int64_t i = 0; i < inner; i += sizeof(V) / 4) {
+            float *first = x + o * N * inner + i;
+            butterfly<V, N>([&](auto m) LRQ_LAMBDA { return load<V>(first + m * inner); },
+                            [&](auto m, V v) LRQ_LAMBDA { store(first + m * inner, v); });
+        }
 }
 
 // A dense orthogonal matrix: y[j] = sum_m x[m] matrix[m, j].
@@ -313,12 +312,6 @@ struct Source {
     template <int TYPE> LRQ_INLINE Floats load_smoothed(int64_t k) const {
         return (load_as<TYPE>(x, start + k, WIDTH) - load<Floats>(offset + k)) * load<Floats>(scale + k);
     }
-
-    // The same of entries `inner` apart from k, through the butterfly of order N.
-    template <int TYPE, int N> LRQ_INLINE void load_through(int64_t k, int64_t inner, float *out) const {
-        butterfly<Floats, N>([&](auto m) LRQ_LAMBDA { return load_smoothed<TYPE>(k + m * inner); },
-                             [&](auto m, Floats v) LRQ_LAMBDA { store(out + k + m * inner, v); });
-    }
 };
 
 // ((x - offset) * scale) of entries [from, to) of one row -> float32 (padded), zeros behind the width. Returns the largest
@@ -356,46 +349,30 @@ inline void load_row_through(const Ready &r, const Axis &axis, int64_t row, floa
     with_type(r.t->x_type, [&](auto type) LRQ_LAMBDA {
         with_order(axis.order, [&](auto n) LRQ_LAMBDA {
             for (int64_t first = 0; first < width; first += block)
-                for (int64_t k = first; k < first + inner; k += WIDTH) from.load_through<type, n>(k, inner, out);
+                for (int64_t k = first; k < first + inner; k += WIDTH)
+                    butterfly<Floats, n>([&](auto m) LRQ_LAMBDA { return from.load_smoothed<type>(k + m * inner); },
+                                         [&](auto m, Floats v) LRQ_LAMBDA { store(out + k + m * inner, v); });
         });
     });
 }
 
-// The butterfly of TAIL neighbours, or of as many as a register holds; returns the largest magnitudes beside `largest`.
-template <int TAIL> LRQ_INLINE Ints mix_neighbours(float *x, Ints largest) {
-    constexpr int vectors = TAIL > WIDTH ? TAIL / WIDTH : 1;
-    Floats v[vectors];
-    unroll<vectors>([&](auto i) LRQ_LAMBDA {
-        v[i] = mix_register<TAIL < WIDTH ? TAIL : WIDTH>(load<Floats>(x + WIDTH * i));
-    });
-    butterfly_power<Floats, vectors>(v);
-    unroll<vectors>([&](auto i) LRQ_LAMBDA {
-        largest = greater(largest, magnitude(v[i]));
-        store(x + WIDTH * i, v[i]);
-    });
-    return largest;
-}
-
-// The same over a row; `next`, `bytes` an entry, is fetched on the way.
+// The butterflies of TAIL neighbours; returns the largest magnitudes. `next`, `bytes` an entry, is fetched on the way.
 template <int TAIL> LRQ_INLINE Ints mix_tail(float *x, int64_t width, const char *next, int64_t bytes) {
-    constexpr int64_t step = TAIL > WIDTH ? TAIL : WIDTH;
+    constexpr int vectors = TAIL > WIDTH ? TAIL / WIDTH : 1;
     Ints largest = {};
-    for (int64_t k = 0; k < width; k += step) {
-        for (int64_t b = 0; b < step * bytes; b += 64) __builtin_prefetch(next + k * bytes + b, 0, 2);
-        largest = mix_neighbours<TAIL>(x + k, largest);
+    for (int64_t k = 0; k < width; k += WIDTH * vectors) {
+        for (int64_t b = 0; b < WIDTH * vectors * bytes; b += 64) __builtin_prefetch(next + k * bytes + b, 0, 2);
+        Floats v[vectors];
+        unroll<vectors>([&](auto i) LRQ_LAMBDA {
+            v[i] = mix_register<TAIL < WIDTH ? TAIL : WIDTH>(load<Floats>(x + k + WIDTH * i));
+        });
+        butterfly_power<Floats, vectors>(v);
+        unroll<vectors>([&](auto i) LRQ_LAMBDA {
+            largest = greater(largest, magnitude(v[i]));
+            store(x + k + WIDTH * i, v[i]);
+        });
     }
     return largest;
-}
-
-// body(tail as a compile-time constant)
-template <class Body> LRQ_INLINE void with_tail(int64_t tail, Body &&body) {
-    switch (tail) {
-        case 8: return body(std::integral_constant<int, 8>{});
-        case 16: return body(std::integral_constant<int, 16>{});
-        case 32: return body(std::integral_constant<int, 32>{});
-        case 64: return body(std::integral_constant<int, 64>{});
-        default: return body(std::integral_constant<int, 128>{});
-    }
 }
 
 // All of a rotated row that is worked on by itself; returns the largest magnitudes.
@@ -409,9 +386,13 @@ inline Ints rotate_row(const Ready &r, int64_t row, float *out) {
     else
         load_row(r, row, out);
     apply_axes(out, p, count, width);
-    Ints largest;
-    with_tail(p.tail, [&](auto tail) LRQ_LAMBDA { largest = mix_tail<tail>(out, width, next, bytes); });
-    return largest;
+    switch (p.tail) {
+        case 8: return mix_tail<8>(out, width, next, bytes);
+        case 16: return mix_tail<16>(out, width, next, bytes);
+        case 32: return mix_tail<32>(out, width, next, bytes);
+        case 64: return mix_tail<64>(out, width, next, bytes);
+        default: return mix_tail<128>(out, width, next, bytes);
+    }
 }
 
 // Rows side by side: rows (count, padded) -> (width, 8) -> products -> back.
