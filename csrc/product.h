@@ -4,6 +4,7 @@
 // for the chunks of that group it is handed. Sums are int32 and exact in any order.
 #pragma once
 
+#include "block.h"
 #include "rounder.h"
 
 namespace lrq {
@@ -29,7 +30,7 @@ LRQ_INLINE void finish_as(const lrq_weight &w, const Value *sums, int64_t stride
         unroll<V>([&](auto v) LRQ_LAMBDA {
             const Value *sum = sums + i * stride + v * WIDTH;
             if constexpr (std::is_same<Value, int32_t>::value)
-                y[v] = __builtin_convertvector(load<Ints>(sum), Floats) * row_scale[v] * splat(scale[i]) + bias[v];
+                y[v] = scale_sums(sum, row_scale[v], scale[i], bias[v]);
             else
                 y[v] = load<Floats>(sum) * row_scale[v] + bias[v];
             if (added) y[v] = y[v] + load<Floats>(added + i * stride + v * WIDTH);
@@ -54,24 +55,13 @@ LRQ_INLINE void finish_channels(const lrq_weight &w, const Value *sums, int64_t 
     });
 }
 
-// What comes next, fetched line by line while something else is multiplied: rows of row_bytes, pitch apart.
-struct Ahead {
-    const uint8_t *at;
-    int64_t row_bytes, pitch, rows, done;
-
-    LRQ_INLINE void fetch() {
-        if (!rows) return;
-        __builtin_prefetch(at + done);  // into all caches: for outer ones alone, Zen 4 fetches nothing in time
-        done += 64;
-        if (done >= row_bytes) done = 0, at += pitch, --rows;
-    }
-};
-
 // ROWS tokens (stride bytes apart) times T tiles of channels over `steps` steps -> sums (ROWS, 16 * T), on top of what is
-// there, or of one start per token. A line is fetched ahead every `pace` steps.
+// there, or of one start per token.
 template <int ROWS, int T>
 inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
-                           const int32_t *starts, int32_t *sums, Ahead &ahead, int64_t pace) {
+                           const int32_t *starts, int32_t *sums, Meanwhile &meanwhile) {
+    if constexpr (HAS_BLOCK && ROWS == 8 && T == 3)
+        return multiply_8_by_48(panel, steps, tokens, stride, starts, sums, meanwhile);
     constexpr int V = T * 16 / LANES;
     Sums acc[ROWS][V];
     unroll<ROWS>([&](auto m) LRQ_LAMBDA {
@@ -79,20 +69,16 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
             acc[m][v] = starts ? splat_sums(starts[m]) : load<Sums>(sums + (m * V + v) * LANES);
         });
     });
-    Ahead next = ahead;  // in registers
-    for (int64_t k = 0; k < steps;) {
-        next.fetch();
-        for (const int64_t end = least(k + pace, steps); k < end; ++k) {
-            unroll<ROWS>([&](auto m) LRQ_LAMBDA {
-                const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
-                unroll<V>([&](auto v) LRQ_LAMBDA {
-                    acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q);
-                });
+    for (int64_t k = 0; k < steps; ++k) {
+        if (k & 1) meanwhile.fetch_line();
+        unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+            const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
+            unroll<V>([&](auto v) LRQ_LAMBDA {
+                acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q);
             });
-            panel += V * LANES * STEP * ELEMENT;
-        }
+        });
+        panel += V * LANES * STEP * ELEMENT;
     }
-    ahead = next;
     unroll<ROWS>([&](auto m) LRQ_LAMBDA {
         unroll<V>([&](auto v) LRQ_LAMBDA { store(sums + (m * V + v) * LANES, acc[m][v]); });
     });
@@ -100,11 +86,11 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
 
 template <int T>
 inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
-                          const int32_t *starts, int32_t *sums, Ahead &ahead, int64_t pace) {
+                          const int32_t *starts, int32_t *sums, Meanwhile &meanwhile) {
     switch (rows) {
 #define LRQ_CASE(R)                                                                                               \
     case R:                                                                                                       \
-        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, ahead, pace); \
+        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, meanwhile); \
         break;
         LRQ_CASE(1)
         LRQ_CASE(2)
@@ -119,14 +105,14 @@ inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, con
 }
 
 inline void multiply(int64_t tiles, int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens,
-                     int64_t stride, const int32_t *starts, int32_t *sums, Ahead &ahead, int64_t pace) {
+                     int64_t stride, const int32_t *starts, int32_t *sums, Meanwhile &meanwhile) {
     switch (tiles) {
-        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums, ahead, pace);
+        case 1: return multiply_rows<1>(rows, panel, steps, tokens, stride, starts, sums, meanwhile);
         case 2:
-            if constexpr (TILES >= 2) multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums, ahead, pace);
+            if constexpr (TILES >= 2) multiply_rows<2>(rows, panel, steps, tokens, stride, starts, sums, meanwhile);
             return;
         default:
-            if constexpr (TILES >= 3) multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums, ahead, pace);
+            if constexpr (TILES >= 3) multiply_rows<3>(rows, panel, steps, tokens, stride, starts, sums, meanwhile);
     }
 }
 
@@ -245,6 +231,8 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
         const bool leads = !__atomic_exchange_n(&chunks[chunk].is_taken, 1, __ATOMIC_RELAXED);
         const Lead lead{leads ? ready : nullptr, count};
         int64_t prepared = leads ? 0 : count;
+        Meanwhile meanwhile;
+        alignas(64) int32_t local[2][TOKENS * BLOCK_CHANNELS];  // in turns: one may wait
         for (int64_t split = 0; split < s.splits; ++split) {
             const int64_t from = split * s.split_tiles, to = least(from + s.split_tiles, in_tiles);
             if (key->call != call || key->group != group || key->split != split) {
@@ -281,27 +269,32 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                 // the next tokens, or what they are rounded from, are fetched while this block's panels pass
                 const int64_t after = least(first + m + TOKENS, rows);
                 const int64_t next_rows = least(TOKENS, rows - after);
-                const uint8_t *next = reinterpret_cast<const uint8_t *>(codes + after * width + 16 * from);
-                Ahead ahead{next, steps * STEP, width, next_rows, 0};
                 if (rounder && leads && split == 0)
-                    ahead = {rounder->input(after), rounder->row_bytes(), rounder->row_bytes(), next_rows, 0};
-                const int64_t lines = next_rows * ceil_div(ahead.row_bytes, 64);
-                const int64_t pace = lines ? greatest(blocks * steps / lines, 1) : steps;
+                    meanwhile.fetch(rounder->input(after), next_rows * rounder->row_bytes());
+                else if (s.splits == 1)
+                    meanwhile.fetch(codes + after * width, next_rows * width);
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
                     const int64_t channels = 16 * tiles;
-                    alignas(64) int32_t local[TOKENS * BLOCK_CHANNELS];
-                    int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local;
+                    int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local[b & 1];
+                    if (s.splits > 1 && !(rounder && leads && split == 0) && b < next_rows)
+                        meanwhile.fetch(codes + (after + b) * width + 16 * from, steps * STEP);
                     multiply(tiles, block_rows, panel + b * block_bytes, steps, block_tokens, stride,
-                             split == 0 ? starts + m : nullptr, sums, ahead, pace);
+                             split == 0 ? starts + m : nullptr, sums, meanwhile);
                     if (split < s.splits - 1) continue;
+                    const int64_t token = first + m;
+                    meanwhile.pending.finish();
+                    if (HAS_BLOCK && !principal && 16 * (tile + TILES) <= w.out_features &&
+                        meanwhile.pending.take(w, sums, scale + token, token, block_rows, 16 * tile, out_type, out))
+                        continue;
                     alignas(64) float added[TOKENS * BLOCK_CHANNELS];
-                    if (principal) outlet.multiply(outlets + b * outlet_bytes, tiles, first + m, block_rows, added);
-                    finish_channels(w, sums, channels, principal ? added : nullptr, scale + first + m, first + m,
-                                    block_rows, 16 * tile, out_type, out);
+                    if (principal) outlet.multiply(outlets + b * outlet_bytes, tiles, token, block_rows, added);
+                    finish_channels(w, sums, channels, principal ? added : nullptr, scale + token, token, block_rows,
+                                    16 * tile, out_type, out);
                 }
             }
         }
+        meanwhile.pending.finish();
     };
     // a thread's own groups first, so that few panels are decoded twice, and each begins with other tokens, which it
     // prepares; then what is left of the others'

@@ -1,0 +1,141 @@
+// The product of 8 tokens and 48 channels, and outputs of earlier ones beside it.
+//
+// Dot products of 512 bits take all of two of Zen 4's four vector units; additions, conversions and narrowing stores on the
+// others cost next to nothing if they are spread between them. In assembly, because compilers copy or spill the 24
+// accumulators as soon as anything else is in their loop. (Plain stores there cost as much as dot products; vpmovdw's do not.)
+#pragma once
+
+#include "meanwhile.h"
+
+namespace lrq {
+namespace LRQ_ISA {
+
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+constexpr bool HAS_BLOCK = true;
+static_assert(TOKENS == 8 && TILES == 3 && STEP == 4, "what is written below");
+
+// Accumulator (m, v) is zmm[8 v + m].
+#define LRQ_DOTS(at, x, y, z)                        \
+    "vpbroadcastd " at ", %%zmm27\n"                 \
+    "vpdpbusd %%zmm27, %%zmm24, %%zmm" #x "\n"       \
+    "vpdpbusd %%zmm27, %%zmm25, %%zmm" #y "\n"       \
+    "vpdpbusd %%zmm27, %%zmm26, %%zmm" #z "\n"
+#define LRQ_STEP                                     \
+    "vmovdqu64 (%[a]), %%zmm24\n"                    \
+    "vmovdqu64 64(%[a]), %%zmm25\n"                  \
+    "vmovdqu64 128(%[a]), %%zmm26\n"                 \
+    LRQ_DOTS("(%[t])", 0, 8, 16)                     \
+    LRQ_DOTS("(%[t],%[s])", 1, 9, 17)                \
+    LRQ_DOTS("(%[t],%[s],2)", 2, 10, 18)             \
+    LRQ_DOTS("(%[t],%[s3])", 3, 11, 19)              \
+    LRQ_DOTS("(%[u])", 4, 12, 20)                    \
+    LRQ_DOTS("(%[u],%[s])", 5, 13, 21)               \
+    LRQ_DOTS("(%[u],%[s],2)", 6, 14, 22)             \
+    LRQ_DOTS("(%[u],%[s3])", 7, 15, 23)              \
+    "add $192, %[a]\n"                               \
+    "add $4, %[t]\n"                                 \
+    "add $4, %[u]\n"
+// A line, up to the last one.
+#define LRQ_FETCH                                    \
+    "prefetcht0 (%[next])\n"                         \
+    "lea 64(%[next]), %[after]\n"                    \
+    "cmp %[last], %[next]\n"                         \
+    "cmovb %[after], %[next]\n"
+// A third of a row that waits: scale_sums, rounded to nearest even.
+#define LRQ_OUTPUT(sums, row_scale, bias, to)        \
+    "vcvtdq2ps " #sums "(%[sums]), %%zmm28\n"        \
+    "vmulps " #row_scale "(%[p]), %%zmm28, %%zmm28\n"\
+    "vmulps %%zmm30, %%zmm28, %%zmm28\n"             \
+    "vaddps " #bias "(%[p]), %%zmm28, %%zmm28\n"     \
+    "vpsrld $16, %%zmm28, %%zmm29\n"                 \
+    "vpandd 8(%[p])%{1to16%}, %%zmm29, %%zmm29\n"    \
+    "vpaddd 12(%[p])%{1to16%}, %%zmm28, %%zmm28\n"   \
+    "vpaddd %%zmm29, %%zmm28, %%zmm28\n"             \
+    "vpsrld $16, %%zmm28, %%zmm28\n"                 \
+    "vpmovdw %%zmm28, " #to "(%[to])\n"
+static_assert(offsetof(Pending, row_bytes) == 0 && offsetof(Pending, one) == 8 && offsetof(Pending, almost_half) == 12 &&
+                  offsetof(Pending, row_scale) == 64 && offsetof(Pending, bias) == 256,
+              "what LRQ_OUTPUT reads");
+#define LRQ_ALL_SUMS(at)                                                                                     \
+    at(0, 0) at(8, 64) at(16, 128) at(1, 192) at(9, 256) at(17, 320) at(2, 384) at(10, 448) at(18, 512)      \
+    at(3, 576) at(11, 640) at(19, 704) at(4, 768) at(12, 832) at(20, 896) at(5, 960) at(13, 1024)            \
+    at(21, 1088) at(6, 1152) at(14, 1216) at(22, 1280) at(7, 1344) at(15, 1408) at(23, 1472)
+#define LRQ_START(m, y, z, at)                       \
+    "vpbroadcastd " #at "(%[sums]), %%zmm" #m "\n"   \
+    "vmovdqa64 %%zmm" #m ", %%zmm" #y "\n"           \
+    "vmovdqa64 %%zmm" #m ", %%zmm" #z "\n"
+#define LRQ_LOAD(r, at) "vmovdqu64 " #at "(%[to]), %%zmm" #r "\n"
+#define LRQ_STORE(r, at) "vmovdqu64 %%zmm" #r ", " #at "(%[a])\n"
+
+// 8 tokens, stride bytes apart, times the 48 channels of a panel over `steps` steps -> sums (8, 48), on top of what is
+// there, or of one start per token.
+__attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int64_t steps, const uint8_t *tokens,
+                                                       int64_t stride, const int32_t *starts, int32_t *sums,
+                                                       Meanwhile &meanwhile) {
+    Pending &pending = meanwhile.pending;
+    const int64_t written = least(pending.rows, steps / 4);
+    int64_t rows = written, fours = steps / 4 - written, rest = steps % 4;
+    const uint8_t *others = tokens + 4 * stride, *after;
+    const float *scale;
+    const int32_t *to = sums;
+    __asm__ volatile(
+        "test %[sums], %[sums]\n"
+        "jz 1f\n" LRQ_START(0, 8, 16, 0) LRQ_START(1, 9, 17, 4) LRQ_START(2, 10, 18, 8) LRQ_START(3, 11, 19, 12)
+            LRQ_START(4, 12, 20, 16) LRQ_START(5, 13, 21, 20) LRQ_START(6, 14, 22, 24) LRQ_START(7, 15, 23, 28)
+        "jmp 2f\n"
+        "1:\n" LRQ_ALL_SUMS(LRQ_LOAD)
+        "2:\n"
+        "mov %c[sums_at](%[p]), %[sums]\n"
+        "mov %c[to_at](%[p]), %[to]\n"
+        "mov %c[scale_at](%[p]), %[scale]\n"
+        "test %[rows], %[rows]\n"
+        "jz 4f\n"
+        "3:\n"
+        "vbroadcastss (%[scale]), %%zmm30\n" LRQ_FETCH LRQ_STEP LRQ_OUTPUT(0, 64, 256, 0) LRQ_STEP LRQ_OUTPUT(64, 128, 320, 32)
+            LRQ_FETCH LRQ_STEP LRQ_OUTPUT(128, 192, 384, 64) LRQ_STEP
+        "add $192, %[sums]\n"
+        "add (%[p]), %[to]\n"
+        "add $4, %[scale]\n"
+        "dec %[rows]\n"
+        "jnz 3b\n"
+        "4:\n"
+        "cmpq $0, %[fours]\n"
+        "jz 6f\n"
+        "5:\n" LRQ_FETCH LRQ_STEP LRQ_STEP LRQ_FETCH LRQ_STEP LRQ_STEP
+        "decq %[fours]\n"
+        "jnz 5b\n"
+        "6:\n"
+        "cmpq $0, %[rest]\n"
+        "jz 8f\n"
+        "7:\n" LRQ_STEP
+        "decq %[rest]\n"
+        "jnz 7b\n"
+        "8:\n"
+        "mov %[out], %[a]\n" LRQ_ALL_SUMS(LRQ_STORE)
+        : [a] "+r"(panel), [t] "+r"(tokens), [u] "+r"(others), [sums] "+r"(starts), [to] "+r"(to), [scale] "=&r"(scale),
+          [rows] "+r"(rows), [fours] "+m"(fours), [rest] "+m"(rest), [next] "+r"(meanwhile.next), [after] "=&r"(after)
+        : [s] "r"(stride), [s3] "r"(3 * stride), [p] "r"(&pending), [out] "m"(sums), [last] "m"(meanwhile.last),
+          [sums_at] "i"(offsetof(Pending, sums)), [to_at] "i"(offsetof(Pending, to)),
+          [scale_at] "i"(offsetof(Pending, scale))
+        : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+          "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",
+          "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30");
+    if (written) pending.advance(written);
+}
+
+#undef LRQ_STORE
+#undef LRQ_LOAD
+#undef LRQ_START
+#undef LRQ_ALL_SUMS
+#undef LRQ_OUTPUT
+#undef LRQ_FETCH
+#undef LRQ_STEP
+#undef LRQ_DOTS
+#else
+constexpr bool HAS_BLOCK = false;
+
+inline void multiply_8_by_48(const uint8_t *, int64_t, const uint8_t *, int64_t, const int32_t *, int32_t *, Meanwhile &) {}
+#endif
+
+}  // namespace LRQ_ISA
+}  // namespace lrq
