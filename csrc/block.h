@@ -44,9 +44,9 @@ static_assert(TOKENS == 8 && TILES == 3 && STEP == 4, "what is written below");
 // A third of a row that waits: scale_sums, rounded to nearest even.
 #define LRQ_OUTPUT(sums, row_scale, bias, to)        \
     "vcvtdq2ps " #sums "(%[sums]), %%zmm28\n"        \
-    "vmulps " #row_scale "(%[p]), %%zmm28, %%zmm28\n"\
+    "vmulps " #row_scale "(%[c]), %%zmm28, %%zmm28\n"\
     "vmulps %%zmm30, %%zmm28, %%zmm28\n"             \
-    "vaddps " #bias "(%[p]), %%zmm28, %%zmm28\n"     \
+    "vaddps " #bias "(%[c]), %%zmm28, %%zmm28\n"     \
     "vpsrld $16, %%zmm28, %%zmm29\n"                 \
     "vpandd 8(%[p])%{1to16%}, %%zmm29, %%zmm29\n"    \
     "vpaddd 12(%[p])%{1to16%}, %%zmm28, %%zmm28\n"   \
@@ -54,7 +54,7 @@ static_assert(TOKENS == 8 && TILES == 3 && STEP == 4, "what is written below");
     "vpsrld $16, %%zmm28, %%zmm28\n"                 \
     "vpmovdw %%zmm28, " #to "(%[to])\n"
 static_assert(offsetof(Pending, row_bytes) == 0 && offsetof(Pending, one) == 8 && offsetof(Pending, almost_half) == 12 &&
-                  offsetof(Pending, row_scale) == 64 && offsetof(Pending, bias) == 256,
+                  offsetof(Coefficients, row_scale) == 0 && offsetof(Coefficients, bias) == 192,
               "what LRQ_OUTPUT reads");
 #define LRQ_ALL_SUMS(at)                                                                                     \
     at(0, 0) at(8, 64) at(16, 128) at(1, 192) at(9, 256) at(17, 320) at(2, 384) at(10, 448) at(18, 512)      \
@@ -77,6 +77,7 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
     int64_t rows = written, fours = steps / 4 - written, rest = steps % 4;
     const uint8_t *others = tokens + 4 * stride, *after;
     const float *scale;
+    const Coefficients *coefficients;
     const int32_t *to = sums;
     __asm__ volatile(
         "test %[sums], %[sums]\n"
@@ -88,11 +89,12 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
         "mov %c[sums_at](%[p]), %[sums]\n"
         "mov %c[to_at](%[p]), %[to]\n"
         "mov %c[scale_at](%[p]), %[scale]\n"
+        "mov %c[coefficients_at](%[p]), %[c]\n"
         "test %[rows], %[rows]\n"
         "jz 4f\n"
         "3:\n"
-        "vbroadcastss (%[scale]), %%zmm30\n" LRQ_FETCH LRQ_STEP LRQ_OUTPUT(0, 64, 256, 0) LRQ_STEP LRQ_OUTPUT(64, 128, 320, 32)
-            LRQ_FETCH LRQ_STEP LRQ_OUTPUT(128, 192, 384, 64) LRQ_STEP
+        "vbroadcastss (%[scale]), %%zmm30\n" LRQ_FETCH LRQ_STEP LRQ_OUTPUT(0, 0, 192, 0) LRQ_STEP LRQ_OUTPUT(64, 64, 256, 32)
+            LRQ_FETCH LRQ_STEP LRQ_OUTPUT(128, 128, 320, 64) LRQ_STEP
         "add $192, %[sums]\n"
         "add (%[p]), %[to]\n"
         "add $4, %[scale]\n"
@@ -112,11 +114,11 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
         "jnz 7b\n"
         "8:\n"
         "mov %[out], %[a]\n" LRQ_ALL_SUMS(LRQ_STORE)
-        : [a] "+r"(panel), [t] "+r"(tokens), [u] "+r"(others), [sums] "+r"(starts), [to] "+r"(to), [scale] "=&r"(scale),
+        : [a] "+r"(panel), [t] "+r"(tokens), [u] "+r"(others), [sums] "+r"(starts), [to] "+r"(to), [scale] "=&r"(scale), [c] "=&r"(coefficients),
           [rows] "+r"(rows), [fours] "+m"(fours), [rest] "+m"(rest), [next] "+r"(meanwhile.next), [after] "=&r"(after)
         : [s] "r"(stride), [s3] "r"(3 * stride), [p] "r"(&pending), [out] "m"(sums), [last] "m"(meanwhile.last),
           [sums_at] "i"(offsetof(Pending, sums)), [to_at] "i"(offsetof(Pending, to)),
-          [scale_at] "i"(offsetof(Pending, scale))
+          [scale_at] "i"(offsetof(Pending, scale)), [coefficients_at] "i"(offsetof(Pending, coefficients))
         : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
           "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",
           "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30");

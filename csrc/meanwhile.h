@@ -11,44 +11,22 @@ LRQ_INLINE Floats scale_sums(const int32_t *sums, Floats row_scale, float scale,
     return __builtin_convertvector(load<Ints>(sums), Floats) * row_scale * splat(scale) + bias;
 }
 
-// Outputs of a block of 48 channels, y = sums * row_scale * scale + bias in bfloat16, that the next product writes (block.h).
-struct Pending {
+// What a block's outputs need of its channels, made with its panel.
+struct Coefficients {
     static constexpr int64_t CHANNELS = 48;
+    float row_scale[CHANNELS], bias[CHANNELS];
+    int32_t is_whole;  // all channels are there, and all numbers finite
+    int32_t unused[31];
 
-    int64_t row_bytes;                      // of the output
-    int32_t one = 1, almost_half = 0x7fff;  // of bfloat16's last bit
-    alignas(64) float row_scale[CHANNELS];
-    alignas(64) float bias[CHANNELS];
-    const int32_t *sums;
-    const float *scale;
-    uint16_t *to;
-    int64_t rows = 0;  // left
-
-    // Whether they can wait: sums (some, 48) of channels from n, all there, and tokens from `first`.
-    bool take(const lrq_weight &w, const int32_t *block_sums, const float *token_scale, int64_t first, int64_t some,
-              int64_t n, int type, void *out) {
-        if (type != LRQ_BFLOAT16) return false;
-        __builtin_memcpy(row_scale, w.row_scale + n, sizeof row_scale);
-        for (int64_t k = 0; k < CHANNELS; ++k) bias[k] = w.bias ? w.bias[n + k] : -0.0f;  // adding that changes nothing
-        // then no output is NaN, which would need to be told apart
-        if (!is_finite(row_scale, CHANNELS) || !is_finite(bias, CHANNELS) || !is_finite(token_scale, some)) return false;
-        sums = block_sums, scale = token_scale, rows = some, row_bytes = 2 * w.out_features;
-        to = static_cast<uint16_t *>(out) + first * w.out_features + n;
-        return true;
+    void read(const lrq_weight &w, int64_t n) {
+        is_whole = n + CHANNELS <= w.out_features;
+        for (int64_t k = 0; is_whole && k < CHANNELS; ++k) {
+            row_scale[k] = w.row_scale[n + k];
+            bias[k] = w.bias ? w.bias[n + k] : -0.0f;  // adding that changes nothing
+        }
+        is_whole = is_whole && is_finite(row_scale, 2 * CHANNELS);
     }
 
-    // `count` rows were written.
-    void advance(int64_t count) { rows -= count, sums += count * CHANNELS, scale += count, to += count * row_bytes / 2; }
-
-    // All that still waits, now.
-    void finish() {
-        for (; rows; advance(1))
-            for (int64_t k = 0; k < CHANNELS; k += WIDTH)
-                store_as<LRQ_BFLOAT16>(to, k, scale_sums(sums + k, load<Floats>(row_scale + k), *scale, load<Floats>(bias + k)),
-                                       WIDTH);
-    }
-
-  private:
     static bool is_finite(const float *x, int64_t count) {
         int32_t largest = 0;
         for (int64_t i = 0; i < count; ++i) {
@@ -58,6 +36,32 @@ struct Pending {
             largest = bits > largest ? bits : largest;
         }
         return largest < 0x7f800000;
+    }
+};
+
+// Outputs of a block, y = sums * row_scale * scale + bias in bfloat16, that the next product writes (block.h). None is NaN,
+// which would have to be told apart.
+struct Pending {
+    int64_t row_bytes;                      // of the output
+    int32_t one = 1, almost_half = 0x7fff;  // of bfloat16's last bit
+    const Coefficients *coefficients;
+    const int32_t *sums;  // (rows, 48)
+    const float *scale;
+    uint16_t *to;
+    int64_t rows = 0;  // left
+
+    // `count` rows were written.
+    void advance(int64_t count) {
+        rows -= count, sums += count * Coefficients::CHANNELS, scale += count, to += count * row_bytes / 2;
+    }
+
+    // All that still waits, now.
+    void finish() {
+        const Coefficients &c = *coefficients;
+        for (; rows; advance(1))
+            for (int64_t k = 0; k < Coefficients::CHANNELS; k += WIDTH)
+                store_as<LRQ_BFLOAT16>(
+                    to, k, scale_sums(sums + k, load<Floats>(c.row_scale + k), *scale, load<Floats>(c.bias + k)), WIDTH);
     }
 };
 

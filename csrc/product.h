@@ -216,10 +216,12 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
         const int64_t first_block = group * s.group_blocks, blocks = least(s.group_blocks, s.blocks - first_block);
         const int64_t outlet_bytes = principal ? TILES * outlet.tile_bytes() : 0;  // of a block
         const int64_t panel_bytes = s.group_blocks * block_bytes;
-        uint8_t *memory =
-            static_cast<uint8_t *>(scratch(SLOT_PANEL, 64 + panel_bytes + s.group_blocks * outlet_bytes));
+        const int64_t coefficient_bytes = s.group_blocks * sizeof(Coefficients);
+        uint8_t *memory = static_cast<uint8_t *>(
+            scratch(SLOT_PANEL, 64 + coefficient_bytes + panel_bytes + s.group_blocks * outlet_bytes));
         PanelKey *key = reinterpret_cast<PanelKey *>(memory);
-        uint8_t *panel = memory + 64, *outlets = panel + panel_bytes;
+        Coefficients *coefficients = reinterpret_cast<Coefficients *>(memory + 64);
+        uint8_t *panel = memory + 64 + coefficient_bytes, *outlets = panel + panel_bytes;
         const int8_t *tokens = codes + first * width;
         int32_t *starts = all_starts + first, *ready = &chunks[chunk].ready;
         uint8_t *copy = nullptr;
@@ -238,6 +240,7 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
             if (key->call != call || key->group != group || key->split != split) {
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
+                    coefficients[b].read(w, 16 * tile);
                     for (int64_t t = 0; principal && t < tiles; ++t)
                         outlet.pack(w, tile + t, outlets + b * outlet_bytes + t * outlet.tile_bytes());
                     for (int64_t t = 0; t < tiles; ++t)
@@ -273,6 +276,8 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                     meanwhile.fetch(rounder->input(after), next_rows * rounder->row_bytes());
                 else if (s.splits == 1)
                     meanwhile.fetch(codes + after * width, next_rows * width);
+                const bool can_wait = HAS_BLOCK && !principal && out_type == LRQ_BFLOAT16 &&
+                                      Coefficients::is_finite(scale + first + m, block_rows);
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
                     const int64_t channels = 16 * tiles;
@@ -284,9 +289,11 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                     if (split < s.splits - 1) continue;
                     const int64_t token = first + m;
                     meanwhile.pending.finish();
-                    if (HAS_BLOCK && !principal && 16 * (tile + TILES) <= w.out_features &&
-                        meanwhile.pending.take(w, sums, scale + token, token, block_rows, 16 * tile, out_type, out))
+                    if (can_wait && coefficients[b].is_whole) {
+                        uint16_t *to = static_cast<uint16_t *>(out) + token * w.out_features + 16 * tile;
+                        meanwhile.pending = {2 * w.out_features, 1, 0x7fff, coefficients + b, sums, scale + token, to, block_rows};
                         continue;
+                    }
                     alignas(64) float added[TOKENS * BLOCK_CHANNELS];
                     if (principal) outlet.multiply(outlets + b * outlet_bytes, tiles, token, block_rows, added);
                     finish_channels(w, sums, channels, principal ? added : nullptr, scale + token, token, block_rows,
