@@ -35,12 +35,14 @@ static_assert(TOKENS == 8 && TILES == 3 && STEP == 4, "what is written below");
     "add $192, %[a]\n"                               \
     "add $4, %[t]\n"                                 \
     "add $4, %[u]\n"
-// A line, up to the last one.
+// Meanwhile::fetch_line
 #define LRQ_FETCH                                    \
     "prefetcht0 (%[next])\n"                         \
     "lea 64(%[next]), %[after]\n"                    \
-    "cmp %[last], %[next]\n"                         \
-    "cmovb %[after], %[next]\n"
+    "cmp 64(%[p]), %[next]\n"                        \
+    "cmove 72(%[p]), %[after]\n"                     \
+    "cmp 80(%[p]), %[next]\n"                        \
+    "cmovne %[after], %[next]\n"
 // A third of a row that waits: scale_sums, rounded to nearest even.
 #define LRQ_OUTPUT(sums, row_scale, bias, to)        \
     "vcvtdq2ps " #sums "(%[sums]), %%zmm28\n"        \
@@ -53,9 +55,14 @@ static_assert(TOKENS == 8 && TILES == 3 && STEP == 4, "what is written below");
     "vpaddd %%zmm29, %%zmm28, %%zmm28\n"             \
     "vpsrld $16, %%zmm28, %%zmm28\n"                 \
     "vpmovdw %%zmm28, " #to "(%[to])\n"
-static_assert(offsetof(Pending, row_bytes) == 0 && offsetof(Pending, one) == 8 && offsetof(Pending, almost_half) == 12 &&
-                  offsetof(Coefficients, row_scale) == 0 && offsetof(Coefficients, bias) == 192,
-              "what LRQ_OUTPUT reads");
+// What is read from the Meanwhile at p and the Coefficients at c.
+static_assert(offsetof(Meanwhile, pending) == 0 && offsetof(Pending, row_bytes) == 0 && offsetof(Pending, one) == 8 &&
+                  offsetof(Pending, almost_half) == 12 && offsetof(Pending, coefficients) == 16 &&
+                  offsetof(Pending, sums) == 24 && offsetof(Pending, scale) == 32 && offsetof(Pending, to) == 40 &&
+                  offsetof(Meanwhile, last) == 64 && offsetof(Meanwhile, second) == 72 &&
+                  offsetof(Meanwhile, second_last) == 80 && offsetof(Coefficients, row_scale) == 0 &&
+                  offsetof(Coefficients, bias) == 192,
+              "offsets in the assembly");
 #define LRQ_ALL_SUMS(at)                                                                                     \
     at(0, 0) at(8, 64) at(16, 128) at(1, 192) at(9, 256) at(17, 320) at(2, 384) at(10, 448) at(18, 512)      \
     at(3, 576) at(11, 640) at(19, 704) at(4, 768) at(12, 832) at(20, 896) at(5, 960) at(13, 1024)            \
@@ -86,10 +93,10 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
         "jmp 2f\n"
         "1:\n" LRQ_ALL_SUMS(LRQ_LOAD)
         "2:\n"
-        "mov %c[sums_at](%[p]), %[sums]\n"
-        "mov %c[to_at](%[p]), %[to]\n"
-        "mov %c[scale_at](%[p]), %[scale]\n"
-        "mov %c[coefficients_at](%[p]), %[c]\n"
+        "mov 16(%[p]), %[c]\n"
+        "mov 24(%[p]), %[sums]\n"
+        "mov 32(%[p]), %[scale]\n"
+        "mov 40(%[p]), %[to]\n"
         "test %[rows], %[rows]\n"
         "jz 4f\n"
         "3:\n"
@@ -116,9 +123,7 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
         "mov %[out], %[a]\n" LRQ_ALL_SUMS(LRQ_STORE)
         : [a] "+r"(panel), [t] "+r"(tokens), [u] "+r"(others), [sums] "+r"(starts), [to] "+r"(to), [scale] "=&r"(scale), [c] "=&r"(coefficients),
           [rows] "+r"(rows), [fours] "+m"(fours), [rest] "+m"(rest), [next] "+r"(meanwhile.next), [after] "=&r"(after)
-        : [s] "r"(stride), [s3] "r"(3 * stride), [p] "r"(&pending), [out] "m"(sums), [last] "m"(meanwhile.last),
-          [sums_at] "i"(offsetof(Pending, sums)), [to_at] "i"(offsetof(Pending, to)),
-          [scale_at] "i"(offsetof(Pending, scale)), [coefficients_at] "i"(offsetof(Pending, coefficients))
+        : [s] "r"(stride), [s3] "r"(3 * stride), [p] "r"(&meanwhile), [out] "m"(sums)
         : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
           "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",
           "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30");

@@ -67,15 +67,20 @@ struct Pending {
 
 struct Meanwhile {
     Pending pending;
-    // lines to fetch into all caches, one every other step (for outer caches alone, Zen 4 fetches nothing in time)
-    const uint8_t *next = nullptr, *last = nullptr;
+    // lines to fetch into all caches, one every other step: up to `last`, then from `second` up to `second_last` (for outer
+    // caches alone, Zen 4 fetches nothing in time, and many lines at once stall it)
+    const uint8_t *next = nullptr, *last = nullptr, *second = nullptr, *second_last = nullptr;
 
     void fetch(const void *first, int64_t bytes) {
-        next = static_cast<const uint8_t *>(first), last = next + (bytes > 64 ? bytes - 64 : 0);
+        next = static_cast<const uint8_t *>(first), last = next + (bytes > 0 ? (bytes - 1) / 64 * 64 : 0);
+        second = second_last = last;
+    }
+    void then_fetch(const void *first, int64_t bytes) {
+        second = static_cast<const uint8_t *>(first), second_last = second + (bytes > 0 ? (bytes - 1) / 64 * 64 : 0);
     }
     LRQ_INLINE void fetch_line() {
         __builtin_prefetch(next);
-        next += next < last ? 64 : 0;
+        next = next == second_last ? second_last : next == last ? second : next + 64;
     }
 };
 

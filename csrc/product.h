@@ -282,8 +282,11 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
                     const int64_t channels = 16 * tiles;
                     int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local[b & 1];
-                    if (s.splits > 1 && !(rounder && leads && split == 0) && b < next_rows)
-                        meanwhile.fetch(codes + (after + b) * width + 16 * from, steps * STEP);
+                    if (s.splits > 1 && !(rounder && leads && split == 0) && b < next_rows) {  // parts of rows
+                        const int8_t *part = codes + (after + b) * width + 16 * from;
+                        meanwhile.fetch(part, steps * STEP);
+                        if (b + blocks < next_rows) meanwhile.then_fetch(part + blocks * width, steps * STEP);
+                    }
                     multiply(tiles, block_rows, panel + b * block_bytes, steps, block_tokens, stride,
                              split == 0 ? starts + m : nullptr, sums, meanwhile);
                     if (split < s.splits - 1) continue;
