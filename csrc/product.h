@@ -235,6 +235,7 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
         int64_t prepared = leads ? 0 : count;
         Meanwhile meanwhile;
         alignas(64) int32_t local[2][TOKENS * BLOCK_CHANNELS];  // in turns: one may wait
+        int turn = 0;
         for (int64_t split = 0; split < s.splits; ++split) {
             const int64_t from = split * s.split_tiles, to = least(from + s.split_tiles, in_tiles);
             if (key->call != call || key->group != group || key->split != split) {
@@ -281,7 +282,7 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
                     const int64_t channels = 16 * tiles;
-                    int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local[b & 1];
+                    int32_t *sums = partial ? partial + (m * blocks + b * block_rows) * BLOCK_CHANNELS : local[turn ^= 1];
                     if (s.splits > 1 && !(rounder && leads && split == 0) && b < next_rows) {  // parts of rows
                         const int8_t *part = codes + (after + b) * width + 16 * from;
                         meanwhile.fetch(part, steps * STEP);

@@ -301,6 +301,29 @@ void test_quantized_linear() {
     }
 }
 
+// Steps and scales that are not finite, in blocks whose outputs would otherwise be written beside the next product.
+void test_special_scales() {
+    Weight w(200, 64, 4, false, true, 7);
+    const int64_t rows = 33;
+    const Array<int8_t> codes = random_codes(rows * w.k, 8);
+    Array<float> scale(rows);
+    for (int64_t m = 0; m < rows; ++m) scale[m] = m == 3 ? NAN : m == 12 ? INFINITY : 0.01f;
+    for (const bool has_special_channel : {false, true}) {
+        if (has_special_channel) w.row_scale[60] = INFINITY, w.bias[110] = NAN;
+        Array<uint8_t> expected(rows * w.n * 2);
+        lrq_use_isa("serial");
+        lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), nullptr, LRQ_BFLOAT16, 1, expected.data());
+        const auto *halves = reinterpret_cast<const uint16_t *>(expected.data());
+        check(halves[3 * w.n] == 0x7fc0 && (halves[12 * w.n + 1] & 0x7fff) == 0x7f80, "a step that is not finite");
+        for (const std::string &isa : supported()) {
+            lrq_use_isa(isa.c_str());
+            Array<uint8_t> out(expected.size());
+            lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), nullptr, LRQ_BFLOAT16, 2, out.data());
+            check(out == expected, "scales that are not finite on " + isa);
+        }
+    }
+}
+
 // The squared error of a column's codes, as lrqdit.h defines a trellis.
 double path_error(const float *column, int64_t stride, int64_t rows, const int8_t *table, const float *scale,
                   const std::vector<int> &codes) {
@@ -1292,6 +1315,7 @@ int main() {
         {"instruction sets", test_instruction_sets},
         {"bad arguments", test_bad_arguments},
         {"quantized_linear", test_quantized_linear},
+        {"special scales", test_special_scales},
         {"linear", test_linear},
         {"attention", test_attention},
         {"principal part", test_principal},
