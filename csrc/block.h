@@ -100,8 +100,8 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
         "test %[rows], %[rows]\n"
         "jz 4f\n"
         "3:\n"
-        "vbroadcastss (%[scale]), %%zmm30\n" LRQ_FETCH LRQ_STEP LRQ_OUTPUT(0, 0, 192, 0) LRQ_STEP LRQ_OUTPUT(64, 64, 256, 32)
-            LRQ_FETCH LRQ_STEP LRQ_OUTPUT(128, 128, 320, 64) LRQ_STEP
+        "vbroadcastss (%[scale]), %%zmm30\n" LRQ_FETCH LRQ_STEP LRQ_OUTPUT(0, 0, 192, 0) LRQ_STEP
+            LRQ_OUTPUT(64, 64, 256, 32) LRQ_FETCH LRQ_STEP LRQ_OUTPUT(128, 128, 320, 64) LRQ_STEP
         "add $192, %[sums]\n"
         "add (%[p]), %[to]\n"
         "add $4, %[scale]\n"
@@ -121,8 +121,9 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
         "jnz 7b\n"
         "8:\n"
         "mov %[out], %[a]\n" LRQ_ALL_SUMS(LRQ_STORE)
-        : [a] "+r"(panel), [t] "+r"(tokens), [u] "+r"(others), [sums] "+r"(starts), [to] "+r"(to), [scale] "=&r"(scale), [c] "=&r"(coefficients),
-          [rows] "+r"(rows), [fours] "+m"(fours), [rest] "+m"(rest), [next] "+r"(meanwhile.next), [after] "=&r"(after)
+        : [a] "+r"(panel), [t] "+r"(tokens), [u] "+r"(others), [sums] "+r"(starts), [to] "+r"(to), [scale] "=&r"(scale),
+          [c] "=&r"(coefficients), [rows] "+r"(rows), [fours] "+m"(fours), [rest] "+m"(rest),
+          [next] "+r"(meanwhile.next), [after] "=&r"(after)
         : [s] "r"(stride), [s3] "r"(3 * stride), [p] "r"(&meanwhile), [out] "m"(sums)
         : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
           "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",
@@ -138,7 +139,7 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
 #undef LRQ_FETCH
 #undef LRQ_STEP
 #undef LRQ_DOTS
-#else
+#else  // never called
 constexpr bool HAS_BLOCK = false;
 
 inline void multiply_8_by_48(const uint8_t *, int64_t, const uint8_t *, int64_t, const int32_t *, int32_t *, Meanwhile &) {}

@@ -12,11 +12,10 @@ LRQ_INLINE Floats scale_sums(const int32_t *sums, Floats row_scale, float scale,
 }
 
 // What a block's outputs need of its channels, made with its panel.
-struct Coefficients {
+struct alignas(64) Coefficients {
     static constexpr int64_t CHANNELS = 48;
     float row_scale[CHANNELS], bias[CHANNELS];
-    int32_t is_whole;  // all channels are there, and all numbers finite
-    int32_t unused[31];
+    bool is_whole;  // all channels are there, and all numbers finite
 
     void read(const lrq_weight &w, int64_t n) {
         is_whole = n + CHANNELS <= w.out_features;
@@ -42,13 +41,17 @@ struct Coefficients {
 // Outputs of a block, y = sums * row_scale * scale + bias in bfloat16, that the next product writes (block.h). None is NaN,
 // which would have to be told apart.
 struct Pending {
-    int64_t row_bytes;                      // of the output
+    int64_t row_bytes = 0;                  // of the output
     int32_t one = 1, almost_half = 0x7fff;  // of bfloat16's last bit
-    const Coefficients *coefficients;
-    const int32_t *sums;  // (rows, 48)
-    const float *scale;
-    uint16_t *to;
+    const Coefficients *coefficients = nullptr;
+    const int32_t *sums = nullptr;  // (rows, 48)
+    const float *scale = nullptr;
+    uint16_t *to = nullptr;
     int64_t rows = 0;  // left
+
+    void take(int64_t bytes, const Coefficients *c, const int32_t *block, const float *steps, uint16_t *out, int64_t count) {
+        row_bytes = bytes, coefficients = c, sums = block, scale = steps, to = out, rows = count;
+    }
 
     // `count` rows were written.
     void advance(int64_t count) {
@@ -57,18 +60,19 @@ struct Pending {
 
     // All that still waits, now.
     void finish() {
-        const Coefficients &c = *coefficients;
         for (; rows; advance(1))
-            for (int64_t k = 0; k < Coefficients::CHANNELS; k += WIDTH)
-                store_as<LRQ_BFLOAT16>(
-                    to, k, scale_sums(sums + k, load<Floats>(c.row_scale + k), *scale, load<Floats>(c.bias + k)), WIDTH);
+            for (int64_t k = 0; k < Coefficients::CHANNELS; k += WIDTH) {
+                const Floats row_scale = load<Floats>(coefficients->row_scale + k);
+                const Floats bias = load<Floats>(coefficients->bias + k);
+                store_as<LRQ_BFLOAT16>(to, k, scale_sums(sums + k, row_scale, *scale, bias), WIDTH);
+            }
     }
 };
 
+// Beside a product: outputs that wait, and lines that are fetched, one every other step, up to `last`, then from `second` up
+// to `second_last`; into all caches: for outer ones alone, Zen 4 fetches nothing in time, and many at once stall it.
 struct Meanwhile {
     Pending pending;
-    // lines to fetch into all caches, one every other step: up to `last`, then from `second` up to `second_last` (for outer
-    // caches alone, Zen 4 fetches nothing in time, and many lines at once stall it)
     const uint8_t *next = nullptr, *last = nullptr, *second = nullptr, *second_last = nullptr;
 
     void fetch(const void *first, int64_t bytes) {

@@ -90,7 +90,7 @@ inline void multiply_rows(int64_t rows, const uint8_t *panel, int64_t steps, con
     switch (rows) {
 #define LRQ_CASE(R)                                                                                               \
     case R:                                                                                                       \
-        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, meanwhile); \
+        if constexpr (R <= TOKENS) multiply_block<R, T>(panel, steps, tokens, stride, starts, sums, meanwhile);   \
         break;
         LRQ_CASE(1)
         LRQ_CASE(2)
@@ -295,7 +295,7 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                     meanwhile.pending.finish();
                     if (can_wait && coefficients[b].is_whole) {
                         uint16_t *to = static_cast<uint16_t *>(out) + token * w.out_features + 16 * tile;
-                        meanwhile.pending = {2 * w.out_features, 1, 0x7fff, coefficients + b, sums, scale + token, to, block_rows};
+                        meanwhile.pending.take(2 * w.out_features, coefficients + b, sums, scale + token, to, block_rows);
                         continue;
                     }
                     alignas(64) float added[TOKENS * BLOCK_CHANNELS];
