@@ -69,7 +69,7 @@ struct Pending {
     }
 };
 
-// Beside a product: outputs that wait, and lines that are fetched, one every other step, up to `last`, then from `second` up
+// Beside a product: outputs that wait, and lines that are fetched, one every few steps, up to `last`, then from `second` up
 // to `second_last`; into all caches: for outer ones alone, Zen 4 fetches nothing in time, and many at once stall it.
 struct Meanwhile {
     Pending pending;

@@ -69,15 +69,17 @@ inline void multiply_block(const uint8_t *panel, int64_t steps, const uint8_t *t
             acc[m][v] = starts ? splat_sums(starts[m]) : load<Sums>(sums + (m * V + v) * LANES);
         });
     });
-    for (int64_t k = 0; k < steps; ++k) {
-        if (k & 1) meanwhile.fetch_line();
-        unroll<ROWS>([&](auto m) LRQ_LAMBDA {
-            const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
-            unroll<V>([&](auto v) LRQ_LAMBDA {
-                acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q);
+    for (int64_t k = 0; k < steps;) {
+        meanwhile.fetch_line();
+        for (const int64_t end = least(k + 4, steps); k < end; ++k) {
+            unroll<ROWS>([&](auto m) LRQ_LAMBDA {
+                const int32_t q = load<int32_t>(tokens + m * stride + 4 * k);
+                unroll<V>([&](auto v) LRQ_LAMBDA {
+                    acc[m][v] = dot(acc[m][v], panel + v * (LANES * STEP * ELEMENT), q);
+                });
             });
-        });
-        panel += V * LANES * STEP * ELEMENT;
+            panel += V * LANES * STEP * ELEMENT;
+        }
     }
     unroll<ROWS>([&](auto m) LRQ_LAMBDA {
         unroll<V>([&](auto v) LRQ_LAMBDA { store(sums + (m * V + v) * LANES, acc[m][v]); });
