@@ -5,8 +5,8 @@ Run: python benchmarks/bench_linear.py [--threads 2] [--presets w4a8,w4a4] [--se
 Every contender is a whole layer, bfloat16 in and out, if not said otherwise; ours includes centring, smoothing,
 rotation and quantization of its input. These inputs have no principal part that pays; what one costs at 4-bit
 activations is a line of its own. torchao, onnxruntime and OpenVINO take part where they are installed, each with
-its fastest setting known to us; they run by themselves after the others, because their waiting threads slow whoever
-comes next.
+its fastest setting known to us. Their waiting threads slow whoever comes next, so they take rounds of many calls in
+turns with ours, a pause between; the median of the ratios of neighbouring rounds counts.
 
 Caches: each timed call follows an untimed one of the same contender, so that all find their own weights in the caches
 as far as they fit, whoever ran before. Below 1024 tokens this decides, so the other end is measured, too: before each
@@ -40,6 +40,7 @@ SHAPES = {
     "flux": [(1536, 3072, 3072), (1536, 3072, 12288), (1536, 12288, 3072)],
     "small": [(1, 1152, 6912), (8, 1152, 1152), (120, 1152, 1152)],
 }
+ROUNDS, PAUSE = 5, 0.1  # of a peer and ours; seconds
 FEW_TOKENS = 1024  # below, what is in the caches decides
 FLUSH_BYTES = 256 << 20  # more than a last cache holds
 DIRECTIONS = QuantizationConfig().principal_rank
@@ -169,6 +170,18 @@ def measure(contenders: dict[str, Callable], seconds: float, is_cold: bool = Fal
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def compare_in_rounds(peer: dict[str, Callable], ours: dict[str, Callable], seconds: float) -> float:
+    """Median of a peer's time over ours, in ROUNDS rounds of each in turns, as long as all take."""
+    ratios = []
+    for _ in range(ROUNDS):
+        pair = []
+        for contender in (peer, ours):
+            time.sleep(PAUSE)  # a peer's threads spin for a while
+            pair += measure(contender, seconds / 2 / ROUNDS).values()
+        ratios.append(pair[0] / pair[1])
+    return statistics.median(ratios)
+
+
 def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: float, has_peers: bool) -> list[dict]:
     rows, in_features, out_features = shape
     linear = nn.Linear(in_features, out_features).bfloat16().requires_grad_(False)
@@ -193,13 +206,10 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
         times = measure(contenders, seconds)
         cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
         peak = native.measure_peak() if native.LIBRARY is not None else math.nan
-        # a peer's own threads spin after each call and slow whatever comes next: each gets a round by itself, as do we
-        ratios, own = {}, f"ours {presets[0]}"
-        ours_alone = measure({own: contenders[own]}, seconds / 2)[own] if has_peers else math.nan
+        ratios, own = {}, {"ours": contenders[f"ours {presets[0]}"]}
         for name, build in PEERS.items() if has_peers else ():
             try:
-                alone = measure({name: build(linear, x)}, seconds / 2)
-                ratios[name] = alone[name] / ours_alone
+                ratios[name] = compare_in_rounds({name: build(linear, x)}, own, seconds)
             except ImportError as error:
                 print(f"  {name}: not installed ({error.name})")
             except Exception as error:  # a peer that fails must not end the benchmark, and is named
