@@ -218,7 +218,7 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
         const int64_t first_block = group * s.group_blocks, blocks = least(s.group_blocks, s.blocks - first_block);
         const int64_t outlet_bytes = principal ? TILES * outlet.tile_bytes() : 0;  // of a block
         const int64_t panel_bytes = s.group_blocks * block_bytes;
-        const int64_t coefficient_bytes = s.group_blocks * sizeof(Coefficients);
+        const int64_t coefficient_bytes = HAS_BLOCK ? s.group_blocks * sizeof(Coefficients) : 0;
         uint8_t *memory = static_cast<uint8_t *>(
             scratch(SLOT_PANEL, 64 + coefficient_bytes + panel_bytes + s.group_blocks * outlet_bytes));
         PanelKey *key = reinterpret_cast<PanelKey *>(memory);
@@ -243,7 +243,7 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
             if (key->call != call || key->group != group || key->split != split) {
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int64_t tile = (first_block + b) * TILES, tiles = least(TILES, out_tiles - tile);
-                    coefficients[b].read(w, 16 * tile);
+                    if (HAS_BLOCK) coefficients[b].read(w, 16 * tile);
                     for (int64_t t = 0; principal && t < tiles; ++t)
                         outlet.pack(w, tile + t, outlets + b * outlet_bytes + t * outlet.tile_bytes());
                     for (int64_t t = 0; t < tiles; ++t)
