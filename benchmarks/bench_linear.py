@@ -200,8 +200,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
         if preset.endswith("a4"):
             wider = add_principal_part(layer)
             contenders[f"  {preset} with {DIRECTIONS} directions beside its codes"] = lambda wider=wider: wider(x)
-    first = ours[presets[0]]
-    contenders[f"  prologue of {presets[0]}"] = lambda: first.quantize_input(x)
+        contenders[f"  prologue of {preset}"] = lambda layer=layer: layer.quantize_input(x)
     with torch.no_grad():
         times = measure(contenders, seconds)
         cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
@@ -214,7 +213,8 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
                 print(f"  {name}: not installed ({error.name})")
             except Exception as error:  # a peer that fails must not end the benchmark, and is named
                 print(f"  {name}: failed ({type(error).__name__}: {str(error)[:100]})")
-    print(f"\nM, K, N = {rows}, {in_features}, {out_features}; rotation {first.format.rotation} {first.format.factors}")
+    rotations = ", ".join(f"{layer.format.rotation} {layer.format.factors} ({p})" for p, layer in ours.items())
+    print(f"\nM, K, N = {rows}, {in_features}, {out_features}; rotations {rotations}")
     base = times["bfloat16 F.linear"]
     for name, seconds_each in times.items():
         line = f"  {name:<52}{seconds_each * 1e3:10.3f} ms   {base / seconds_each:6.2f} x bfloat16"
@@ -237,7 +237,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
                 "cold_ratio_to_bf16": cold["bfloat16 F.linear"] / cold[f"ours {preset}"] if cold else None,
                 "ratio_to_fp32": times["float32 F.linear"] / whole,
                 "time_over_int_mm": whole / times["torch._int_mm alone"],
-                "prologue_share": times[f"  prologue of {presets[0]}"] / whole,
+                "prologue_share": times[f"  prologue of {preset}"] / whole,
                 "peak_fraction": 2 * math.prod(shape) / whole / peak,
                 "ratio_to_peers": ratios if preset == presets[0] else {},
             }

@@ -621,6 +621,20 @@ def test_unsound_buffers_are_refused():
         layer(x)
 
 
+def test_another_buffer_of_the_same_identity_and_address():
+    layer, x, memory = filled_layer(), random(5, 24), torch.zeros(20, dtype=torch.int32)
+    layer.row_scale_bits = memory[:]
+    layer(x)
+    identity = id(layer.row_scale_bits)
+    layer.row_scale_bits, shorter = None, []
+    while not shorter or id(shorter[-1]) != identity:
+        assert len(shorter) < 1000
+        shorter.append(memory[:-1])
+    layer.row_scale_bits = shorter[-1]
+    with pytest.raises(KernelError, match="bias is"):
+        layer(x)
+
+
 def test_buffers_are_not_kept_alive():
     layer = filled_layer()
     layer(random(5, 24))

@@ -178,7 +178,7 @@ _OTHER_KEYS = ~_PLAIN.raw_repr()
 def is_plain(tensor: Tensor) -> bool:
     """Whether a kernel may read a tensor past torch: on the CPU, contiguous, nothing deferred, and nobody looks on: no
     compiler, tracer, fake tensor, transform of torch.func or mode."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._len_torch_function_stack():
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._is_torch_function_mode_enabled():
         return False
     keys = torch._C._dispatch_keys(tensor) | torch._C._dispatch_tls_local_include_set()
     return not keys.raw_repr() & _OTHER_KEYS and tensor.is_contiguous()
@@ -187,23 +187,27 @@ def is_plain(tensor: Tensor) -> bool:
 class LayerCalls:
     """A layer's calls of the kernels past torch's dispatcher, which takes several times as long as a small product.
 
-    The C structures are filled in once, and again when a buffer is another one or lies elsewhere.
+    The C structures are filled in once, and again when a buffer is another one or lies elsewhere. After a large product
+    no cache holds any of the interpreter, and all that is asked of torch here costs ten times as much as in a loop.
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[weakref.ref, int]] = []
+        self.buffers: list[int] = []  # their identities
+        self.addresses: list[int] = []
+        self.references: list[weakref.ref] = []  # lest another takes the identity of a buffer that is gone
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"seen": []}  # copies and pickles leave the addresses behind
+        return vars(LayerCalls())  # copies and pickles leave the addresses behind
+
+    def _forget(self, _: weakref.ref) -> None:
+        self.buffers = []
 
     def prepare(self, x: Tensor, layer: Any) -> bool:
         """Whether the kernels can be called on x."""
         if native.LIBRARY is None or not is_plain(x) or x.dtype not in TYPE_CODES:
             return False
         buffers = layer._buffers.values()
-        if len(self.seen) == len(buffers) and all(
-            [b is seen() and b.data_ptr() == address for b, (seen, address) in zip(buffers, self.seen, strict=True)]
-        ):
+        if self.buffers == [*map(id, buffers)] and self.addresses == [*map(Tensor.data_ptr, buffers)]:
             return True
         if layer.in_features > MAX_IN_FEATURES or not all(map(is_plain, buffers)):
             return False
@@ -212,7 +216,8 @@ class LayerCalls:
         self.weight = _WeightCall(layer.in_features, *layer._weight_arguments()).structure
         if layer.format.principal_rank:
             self.directions = [layer._buffers[name].data_ptr() for name in PRINCIPAL_BUFFERS]
-        self.seen = [(weakref.ref(b), b.data_ptr()) for b in buffers]
+        self.references = [weakref.ref(b, self._forget) for b in buffers]
+        self.buffers, self.addresses = [*map(id, buffers)], [*map(Tensor.data_ptr, buffers)]
         return True
 
     def takes_principal(self, x: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> bool:

@@ -298,8 +298,8 @@ class QuantLinear(nn.Linear):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
+        # the first question is the cheap one
+        if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind := x.device.type):
             return self._compute(x, x.dtype)
         # autocast would reach the float products inside the operators
         with torch.autocast(kind, enabled=False):
