@@ -51,6 +51,7 @@ class Rounder {
         transform_rows(r, row, count, [&](int64_t i, const float *values, Ints largest) {
             const int64_t at = token + i - row;
             int8_t *out = codes + at * width;
+            for (int64_t k = 0; at + 1 < source.rows && k < width; k += 64) __builtin_prefetch(out + width + k, 1, 2);
             scale[at] =
                 quantize_row(values, largest, width, bits, clip_over_largest, is_staircase ? &stairs : nullptr, out);
             if (lookup && !is_staircase)

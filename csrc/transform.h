@@ -224,7 +224,7 @@ struct Ready {
     const lrq_transform *t;
     bool is_side_by_side;
     int64_t padded;               // width rounded up to 16
-    const float *offset, *scale;  // (padded), or both nullptr
+    const float *offset, *scale;  // (padded), or nullptr; no scale without an offset
     bool is_whole;                // the product covers the row, else two of them overlap
     Product product;
     const float *block1, *block2; // (block, block rounded up to 16)
@@ -282,14 +282,15 @@ inline Ready make_ready(const lrq_transform &t, Slot slot = SLOT_SHARED) {
         if (r.is_side_by_side) r.product = plan(t, 8);
     }
     const float norm = r.is_whole ? r.product.norm : 1;
-    if (t.offset || t.scale || t.rotation == LRQ_HADAMARD || t.rotation == LRQ_BLOCK_HADAMARD) {
+    const bool is_scaled = t.scale || t.rotation == LRQ_HADAMARD || t.rotation == LRQ_BLOCK_HADAMARD;
+    if (t.offset || is_scaled) {
         float *offset = memory, *scale = memory + r.padded;
         memory += 2 * r.padded;
         for (int64_t k = 0; k < t.width; k += WIDTH) {
             store(offset + k, t.offset ? load_as<LRQ_FLOAT16>(t.offset, k, t.width - k) : Floats{});
             store(scale + k, t.scale ? load_as<LRQ_FLOAT16>(t.scale, k, t.width - k) * norm : splat(norm));
         }
-        r.offset = offset, r.scale = scale;
+        r.offset = offset, r.scale = is_scaled ? scale : nullptr;
     }
     if (t.rotation == LRQ_OUTLIER) {
         r.block1 = pad_block(memory, t.block1, order);
@@ -308,9 +309,12 @@ struct Source {
 
     Source(const Ready &r, int64_t row) : x(r.t->x), start(row * r.t->width), offset(r.offset), scale(r.scale) {}
 
-    // WIDTH centred and smoothed entries from k
-    template <int TYPE> LRQ_INLINE Floats load_smoothed(int64_t k) const {
-        return (load_as<TYPE>(x, start + k, WIDTH) - load<Floats>(offset + k)) * load<Floats>(scale + k);
+    // WIDTH centred entries from k, count of them read; and smoothed ones
+    template <int TYPE> LRQ_INLINE Floats load_centred(int64_t k, int64_t count = WIDTH) const {
+        return load_as<TYPE>(x, start + k, count) - load<Floats>(offset + k);
+    }
+    template <int TYPE> LRQ_INLINE Floats load_smoothed(int64_t k, int64_t count = WIDTH) const {
+        return load_centred<TYPE>(k, count) * load<Floats>(scale + k);
     }
 };
 
@@ -324,18 +328,23 @@ inline Ints load_entries(const Ready &r, int64_t row, int64_t from, int64_t to, 
             largest = greater(largest, magnitude(v));
             store(out + k, v);
         };
-        int64_t k = from;
-        if (source.scale)
-            for (; k + WIDTH <= to; k += WIDTH) keep(k, source.load_smoothed<type>(k));
-        else
-            for (; k + WIDTH <= to; k += WIDTH) keep(k, load_as<type>(source.x, source.start + k, WIDTH));
-        if (k < to) {
-            Floats v = load_as<type>(source.x, source.start + k, to - k);
-            if (source.scale) v = (v - load<Floats>(source.offset + k)) * load<Floats>(source.scale + k);
+        const auto keep_all = [&](auto &&read) LRQ_LAMBDA {
+            int64_t k = from;
+            for (; k + WIDTH <= to; k += WIDTH) keep(k, read(k, WIDTH));
+            if (k == to) return;
+            Floats v = read(k, to - k);
             for (int64_t i = to - k; i < WIDTH; ++i) v[i] = 0;
             keep(k, v);
-        }
-        for (k = round_up(to, WIDTH); to == r.t->width && k < r.padded; k += WIDTH) store(out + k, Floats{});
+        };
+        if (source.scale)
+            keep_all([&](int64_t k, int64_t count) LRQ_LAMBDA { return source.load_smoothed<type>(k, count); });
+        else if (source.offset)
+            keep_all([&](int64_t k, int64_t count) LRQ_LAMBDA { return source.load_centred<type>(k, count); });
+        else
+            keep_all([&](int64_t k, int64_t count) LRQ_LAMBDA {
+                return load_as<type>(source.x, source.start + k, count);
+            });
+        for (int64_t k = round_up(to, WIDTH); to == r.t->width && k < r.padded; k += WIDTH) store(out + k, Floats{});
     });
     return largest;
 }
@@ -481,6 +490,7 @@ inline void apply_transform(const lrq_transform &t, int threads, float *out) {
 // A lookup of codes in vectors, if it is odd and has at most one step in every 16 magnitudes.
 struct Staircase {
     alignas(16) uint8_t low[16], high[16], step[16];  // by magnitude / 16: levels before and from the step, its place
+    alignas(64) int8_t levels[128];                   // by magnitude
 
     LRQ_INLINE i8x16 climb(i8x16 code) const {
         const i8x16 is_negative = code < 0;
@@ -490,16 +500,22 @@ struct Staircase {
         return (level ^ is_negative) - is_negative;
     }
 #if defined(__AVX512BW__)
+    // codes of -127 or more
     LRQ_INLINE i8x64 climb(i8x64 code) const {
+        const __m512i magnitude = _mm512_abs_epi8((__m512i)code);
+#if defined(__AVX512VBMI__)
+        const __m512i level = _mm512_permutex2var_epi8(_mm512_load_si512(levels), magnitude, _mm512_load_si512(levels + 64));
+#else
         const auto wide = [](const uint8_t *table) LRQ_LAMBDA {
             return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(table)));
         };
-        const __m512i magnitude = _mm512_abs_epi8((__m512i)code), nibble = _mm512_set1_epi8(15);
+        const __m512i nibble = _mm512_set1_epi8(15);
         const __m512i block = _mm512_and_si512(_mm512_srli_epi16(magnitude, 4), nibble);
         const __mmask64 is_low = _mm512_cmplt_epu8_mask(_mm512_and_si512(magnitude, nibble),
                                                         _mm512_shuffle_epi8(wide(step), block));
         const __m512i level =
             _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(wide(high), block), is_low, wide(low), block);
+#endif
         return (i8x64)_mm512_mask_sub_epi8(level, _mm512_movepi8_mask((__m512i)code), _mm512_setzero_si512(), level);
     }
 #endif
@@ -509,6 +525,7 @@ inline bool build_staircase(const int8_t *lookup, Staircase &s) {
     for (int m = 1; m < 128; ++m)
         if (lookup[128 - m] != -lookup[128 + m]) return false;
     if (lookup[0] != lookup[1]) return false;
+    __builtin_memcpy(s.levels, lookup + 128, sizeof s.levels);
     for (int block = 0; block < 16; ++block) {
         const int8_t *levels = lookup + 128 + 16 * (block < 8 ? block : 7);  // -128 counts as -127
         int step = 0;
@@ -548,7 +565,8 @@ LRQ_INLINE i8x64 quantize_entries(const float *row, Floats inverse, int bits, co
                        round_entries(row + 48, inverse)};
     const int most = (1 << (bits - 1)) - 1;
     const __m512i code = _mm512_min_epi8((__m512i)saturate(v), _mm512_set1_epi8(static_cast<char>(most)));
-    const i8x64 clamped = (i8x64)_mm512_max_epi8(code, _mm512_set1_epi8(static_cast<char>(-most - 1)));
+    const int least = stairs ? -most : -most - 1;  // -128 has -127's level
+    const i8x64 clamped = (i8x64)_mm512_max_epi8(code, _mm512_set1_epi8(static_cast<char>(least)));
     return stairs ? stairs->climb(clamped) : clamped;
 }
 #endif
