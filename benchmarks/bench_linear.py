@@ -3,7 +3,8 @@
 Run: python benchmarks/bench_linear.py [--threads 2] [--presets w4a8,w4a4] [--seconds 3] [--shapes pixart,flux]
 
 Every contender is a whole layer, bfloat16 in and out, if not said otherwise; ours includes centring, smoothing,
-rotation and quantization of its input. These inputs have no principal part that pays; what one costs at 4-bit
+rotation and quantization of its input. That prologue is timed by itself, where it waits for memory, and as what it
+adds to the product inside the layer. These inputs have no principal part that pays; what one costs at 4-bit
 activations is a line of its own. torchao, onnxruntime and OpenVINO take part where they are installed, each with
 its fastest setting known to us. Their waiting threads slow whoever comes next, so they take rounds of many calls in
 turns with ours, a pause between; the median of the ratios of neighbouring rounds counts.
@@ -21,6 +22,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from bench_levels import read_processor
 from torch import nn
 
 import lrqdit
-from lrqdit import native
+from lrqdit import native, ops
 from lrqdit.config import QuantizationConfig
 from lrqdit.linear import QuantLinear
 
@@ -71,6 +73,14 @@ def build_ours(linear: nn.Linear, preset: str) -> nn.Module:
     sample = activations(256, linear.in_features)
     lrqdit.quantize(model, preset, forward_loop=lambda m: m(sample), show_progress=False, rounding="nearest")
     return model[0]
+
+
+def build_product(layer: QuantLinear, x: torch.Tensor) -> Callable:
+    """What is left of a layer once its input is rounded."""
+    codes, scale = layer.quantize_input(x)
+    if layer.calls.prepare(x, layer):
+        return lambda: layer.calls.quantized_linear(codes, scale, x.dtype)
+    return lambda: ops.quantized_linear(codes, scale, *layer._weight_arguments(), x.dtype)
 
 
 def build_torchao(linear: nn.Linear, x: torch.Tensor) -> Callable:
@@ -155,14 +165,19 @@ PEERS = {
 
 
 def measure(contenders: dict[str, Callable], seconds: float, is_cold: bool = False) -> dict[str, float]:
-    """Median time of each, in turns, after an untimed call of the same contender or with cold caches."""
+    """Median time of each, in turns, after an untimed call of the same contender or with cold caches.
+
+    Every turn has another order: who follows the one that sweeps most out of the caches pays for it.
+    """
     other = torch.zeros(FLUSH_BYTES if is_cold else 0, dtype=torch.uint8)
     for call in contenders.values():
         call(), call()
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    turns, order = random.Random(0), list(contenders.items())
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
-        for name, call in contenders.items():
+    while time.perf_counter() < end or len(times[order[0][0]]) < 5:
+        turns.shuffle(order)
+        for name, call in order:
             other.add_(1) if is_cold else call()
             start = time.perf_counter()
             call()
@@ -201,6 +216,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
             wider = add_principal_part(layer)
             contenders[f"  {preset} with {DIRECTIONS} directions beside its codes"] = lambda wider=wider: wider(x)
         contenders[f"  prologue of {preset}"] = lambda layer=layer: layer.quantize_input(x)
+        contenders[f"  product of {preset}"] = build_product(layer, x)
     with torch.no_grad():
         times = measure(contenders, seconds)
         cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
@@ -238,6 +254,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
                 "ratio_to_fp32": times["float32 F.linear"] / whole,
                 "time_over_int_mm": whole / times["torch._int_mm alone"],
                 "prologue_share": times[f"  prologue of {preset}"] / whole,
+                "prologue_share_inside": 1 - times[f"  product of {preset}"] / whole,
                 "peak_fraction": 2 * math.prod(shape) / whole / peak,
                 "ratio_to_peers": ratios if preset == presets[0] else {},
             }
