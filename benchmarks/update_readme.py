@@ -1,14 +1,14 @@
 """Rewrite the numbers of the README and of the demo model's card from benchmarks/results/*.json; none is typed by hand.
 
 make demo && cp demo-out/results.json benchmarks/results/demo.json && cp demo-out/comparison.png docs/
-python benchmarks/bench_captions.py w4a8 w3a8 w4a4 | tail -1 > benchmarks/results/captions.json
-python benchmarks/bench_levels.py | tail -1 > benchmarks/results/levels.json
-python benchmarks/bench_quality.py && python benchmarks/bench_quality.py --layers
-python benchmarks/bench_linear.py | tail -1 > benchmarks/results/linear.json
-python benchmarks/bench_step.py | tail -1 > benchmarks/results/step.json
-python benchmarks/bench_attention.py | tail -1 > benchmarks/results/attention.json
-python benchmarks/bench_quantize.py | tail -1 > benchmarks/results/quantize.json
-python benchmarks/update_readme.py
+python -m benchmarks.quality.bench_captions w4a8 w3a8 w4a4 | tail -1 > benchmarks/results/captions.json
+python -m benchmarks.quality.bench_levels | tail -1 > benchmarks/results/levels.json
+python -m benchmarks.quality.bench_quality && python -m benchmarks.quality.bench_quality --layers
+python -m benchmarks.speed.bench_linear | tail -1 > benchmarks/results/linear.json
+python -m benchmarks.speed.bench_step | tail -1 > benchmarks/results/step.json
+python -m benchmarks.speed.bench_attention | tail -1 > benchmarks/results/attention.json
+python -m benchmarks.speed.bench_quantize | tail -1 > benchmarks/results/quantize.json
+python -m benchmarks.update_readme
 """
 
 import json

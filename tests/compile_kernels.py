@@ -10,7 +10,7 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from lrqdit import triton_gemm, triton_prologue
+from lrqdit.kernels import triton_gemm, triton_prologue
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 

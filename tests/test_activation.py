@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrqdit import rotation
-from lrqdit.activation import (
+from lrqdit.numerics import rotation
+from lrqdit.numerics.tokens import (
     CLIP_RATIOS,
     NORMAL_LEVELS,
     SMOOTHING_RANGE,

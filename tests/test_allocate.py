@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrqdit import allocate
-from lrqdit.allocate import choose_options
+from lrqdit.fitting import bits as allocate
+from lrqdit.fitting.bits import choose_options
 
 ITEM = st.lists(st.tuples(st.integers(1, 300), st.floats(0, 10)), min_size=1, max_size=4)
 ITEMS = st.lists(ITEM, min_size=1, max_size=5)

@@ -10,8 +10,10 @@ from conftest import build_tiny_pipeline
 from diffusers import PixArtTransformer2DModel
 
 import lrqdit
-from lrqdit import attention, doctor, native
+from lrqdit import native
+from lrqdit.app import doctor
 from lrqdit.errors import ConfigError, KernelError
+from lrqdit.kernels import cpu_attention as attention
 
 needs_kernel = pytest.mark.skipif(bool(attention.why_torch()), reason=f"torch's attention: {attention.why_torch()}")
 
@@ -391,7 +393,7 @@ def test_a_torch_that_cannot_hand_over_its_kernel(monkeypatch):
 SCRIPT = """
 import torch
 import lrqdit
-from lrqdit import attention
+from lrqdit.kernels import cpu_attention as attention
 model = torch.nn.Sequential(torch.nn.Linear(64, 64))
 before = attention.current()
 lrqdit.quantize(model, "w4a8", is_calibrated=False, show_progress=False)

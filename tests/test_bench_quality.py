@@ -1,9 +1,6 @@
 import contextlib
 import copy
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,23 +10,15 @@ from PIL import Image
 from torch import nn
 
 import lrqdit
-from lrqdit.calibrate import ActivationStats, InputGroup
-from lrqdit.presets import RECIPES, Recipe
-from lrqdit.simulate import simulate
-
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+from benchmarks.methods.recipes import RECIPES, Recipe
+from benchmarks.methods.simulate import simulate
+from benchmarks.quality import bench_quality
+from lrqdit.calibration.statistics import ActivationStats, InputGroup
 
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_quality", FOLDER / "bench_quality.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(FOLDER))
+    return bench_quality
 
 
 def test_kernel_distance(bench):
@@ -133,7 +122,7 @@ def test_seeds_follow_the_places(bench, monkeypatch):
         def __call__(self, prompt, generator, **_):
             return SimpleNamespace(images=[torch.randn(3, generator=g) for g in generator])
 
-    monkeypatch.setattr(bench.pipelines, "_recorded_latents", lambda _: contextlib.nullcontext([torch.zeros(16, 1)]))
+    monkeypatch.setattr(bench.generation, "_recorded_latents", lambda _: contextlib.nullcontext([torch.zeros(16, 1)]))
     monkeypatch.setattr(bench.models, "call_arguments", lambda _: {})
     every = bench.generate(Pipeline(), [f"caption {i}" for i in range(40)], 1, 1.0)
     some = bench.generate(Pipeline(), ["caption 7", "caption 33"], 1, 1.0, (7, 33))

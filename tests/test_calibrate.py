@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from lrqdit.calibrate import ActivationStats, Observer
+from lrqdit.calibration.observer import Observer
+from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.errors import ModelError, NumericalError
 
 

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lrqdit
-from lrqdit import checkpoint
-from lrqdit.calibrate import Observer
+from lrqdit.calibration import runs
+from lrqdit.calibration.observer import Observer
+from lrqdit.calibration.steps import Calibration, Call, Step
 from lrqdit.errors import CheckpointError
-from lrqdit.linear import QuantLinear
-from lrqdit.recording import Calibration, Call, Step
+from lrqdit.packed import checkpoint, files
+from lrqdit.packed.linear import QuantLinear
 
 
 def random(*shape, seed=0):
@@ -294,7 +295,7 @@ def test_sharded_folder(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     weight_map = {"a": "a.safetensors", "b": "b.safetensors"}
     index.write_text(json.dumps({"weight_map": weight_map}))
-    assert sorted(checkpoint.check_model_folder(tmp_path)) == ["a", "b"]
+    assert sorted(files.check_model_folder(tmp_path)) == ["a", "b"]
     for bad, message in [
         ({**weight_map, "b": "../b.safetensors"}, "lies outside its folder"),
         ({**weight_map, "b": "/etc/passwd"}, "lies outside its folder"),
@@ -306,60 +307,60 @@ def test_sharded_folder(tmp_path):
     ]:
         index.write_text(json.dumps({"weight_map": bad}))
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.check_model_folder(tmp_path)
+            files.check_model_folder(tmp_path)
 
 
 def test_index_of_unhashable_files(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": ["x"], "b": {}}}))
     with pytest.raises(CheckpointError):
-        checkpoint.check_model_folder(tmp_path)
+        files.check_model_folder(tmp_path)
 
 
 def test_pipeline_folder(copy_of_pipeline, edit_json):
-    index = checkpoint.check_pipeline_folder(copy_of_pipeline)
+    index = files.check_pipeline_folder(copy_of_pipeline)
     assert index["_class_name"] == "PixArtAlphaPipeline"
     weights = copy_of_pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match="its header describes"):
-        checkpoint.check_pipeline_folder(copy_of_pipeline)
+        files.check_pipeline_folder(copy_of_pipeline)
     weights.write_bytes(data)
     edit_json(copy_of_pipeline / "model_index.json", **{"../transformer": ["diffusers", "X"]})
     with pytest.raises(CheckpointError, match="lists the component"):
-        checkpoint.check_pipeline_folder(copy_of_pipeline)
+        files.check_pipeline_folder(copy_of_pipeline)
 
 
 @pytest.mark.parametrize("entry", [[None, None], [], "text", False, 3])
 def test_entries_that_are_no_components(copy_of_pipeline, edit_json, entry):
     edit_json(copy_of_pipeline / "model_index.json", extra=entry)
-    assert checkpoint.check_pipeline_folder(copy_of_pipeline)["extra"] == entry
+    assert files.check_pipeline_folder(copy_of_pipeline)["extra"] == entry
 
 
 def test_not_a_pipeline(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
-        checkpoint.check_pipeline_folder(tmp_path / "none")
+        files.check_pipeline_folder(tmp_path / "none")
     with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
-        checkpoint.check_pipeline_folder(tmp_path)
+        files.check_pipeline_folder(tmp_path)
 
 
 def test_run_folder(tmp_path):
-    folder = checkpoint.RunFolder(tmp_path / "run", "one")
+    folder = runs.RunFolder(tmp_path / "run", "one")
     tensors, values = {"x": random(3, 4).t(), "y": torch.arange(3)}, {"names": ["a"], "error": 0.1 + 0.2}
     folder.save("part", tensors, values)
-    again = checkpoint.RunFolder(tmp_path / "run", "one")
+    again = runs.RunFolder(tmp_path / "run", "one")
     loaded, read = again.load("part")
     assert read == values and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
     assert again.load("other") is None and again.load_calibration() is None
     truncate(tmp_path / "run" / "part.safetensors", -1)
     with pytest.raises(CheckpointError):
         again.load("part")
-    assert checkpoint.RunFolder(tmp_path / "run", "two").load("part") is None  # emptied
+    assert runs.RunFolder(tmp_path / "run", "two").load("part") is None  # emptied
 
 
 def test_run_folder_killed_at_its_start(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "fingerprint.partial").write_text("on")
-    checkpoint.RunFolder(tmp_path / "run", "one")
+    runs.RunFolder(tmp_path / "run", "one")
 
 
 def test_run_folder_keeps_the_calibration(tmp_path):
@@ -369,8 +370,8 @@ def test_run_folder_keeps_the_calibration(tmp_path):
     groups = observer.groups()
     calls = [Call.record((random(2, 3, seed=i),), {"more": {"mask": None, "pair": (1, random(4))}}) for i in range(3)]
     steps = [Step(calls[:2], (3.0, -2.0), (2, 3)), Step(calls[2:])]
-    checkpoint.RunFolder(tmp_path / "run", "one").save_calibration(Calibration(groups, steps))
-    again = checkpoint.RunFolder(tmp_path / "run", "one").load_calibration()
+    runs.RunFolder(tmp_path / "run", "one").save_calibration(Calibration(groups, steps))
+    again = runs.RunFolder(tmp_path / "run", "one").load_calibration()
     assert [g.names for g in again.groups] == [g.names for g in groups] == [["0.q", "0.k"], ["1.q", "1.k"]]
     for one, two in zip(groups, again.groups, strict=True):
         assert torch.equal(one.stats.tokens, two.stats.tokens) and one.stats.rms == two.stats.rms
@@ -381,13 +382,13 @@ def test_run_folder_keeps_the_calibration(tmp_path):
 
 
 def test_fingerprint():
-    one = checkpoint.fingerprint(1, {"a": 2}, module=build())
-    assert one == checkpoint.fingerprint(1, {"a": 2}, module=build())
+    one = runs.fingerprint(1, {"a": 2}, module=build())
+    assert one == runs.fingerprint(1, {"a": 2}, module=build())
     other = build()
     other[1].k.weight.data[-1, -1] += 1
-    assert one != checkpoint.fingerprint(1, {"a": 2}, module=other)
-    assert one != checkpoint.fingerprint(1, {"a": 3}, module=build())
-    assert one != checkpoint.fingerprint(1, {"a": 2}, module=build().double())
+    assert one != runs.fingerprint(1, {"a": 2}, module=other)
+    assert one != runs.fingerprint(1, {"a": 3}, module=build())
+    assert one != runs.fingerprint(1, {"a": 2}, module=build().double())
 
 
 def test_golden_names(saved):

@@ -9,9 +9,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import lrqdit
-from lrqdit import demo, inspection, pipelines, speed
-from lrqdit.cli import app
+import lrqdit.calibration.observer
+from lrqdit.app import demo, inspection, speed
+from lrqdit.app.cli import app
 from lrqdit.errors import ModelError
+from lrqdit.fitting import job
+from lrqdit.integrations import generation, pipelines
 
 FAST = ["--set", "rotation=none", "--set", "smoothing=never", "--steps", "2"]
 
@@ -109,8 +112,8 @@ def test_generate_is_reproducible_and_depends_on_the_seed(quantized, tmp_path):
 def test_a_picture_does_not_depend_on_the_others(tiny_pipeline_folder):
     pipeline = pipelines.load_pipeline(tiny_pipeline_folder, device="cpu")
     options = {"steps": 2, "show_progress": False}
-    together = pipelines.generate_images(pipeline, ["a", "b"], 5, **options)
-    alone = pipelines.generate_images(pipeline, ["b"], [6], **options)
+    together = generation.generate_images(pipeline, ["a", "b"], 5, **options)
+    alone = generation.generate_images(pipeline, ["b"], [6], **options)
     assert torch.equal(together[1].latents, alone[0].latents)
     assert together[1].picture.tobytes() == alone[0].picture.tobytes()
     assert "step" not in vars(pipeline.scheduler)
@@ -145,7 +148,7 @@ def test_killed_run_continues_to_the_same_bytes(tiny_pipeline_folder, prompts, t
     succeed(*command, tmp_path / "whole")
 
     fitted: list[str] = []
-    original = lrqdit.quantize.__globals__["_quantize_group"]
+    original = job._quantize_group
 
     def killed(module, part, *rest):
         if len(fitted) == 5:
@@ -153,7 +156,7 @@ def test_killed_run_continues_to_the_same_bytes(tiny_pipeline_folder, prompts, t
         fitted.append(part.names[0])
         return original(module, part, *rest)
 
-    monkeypatch.setitem(lrqdit.quantize.__globals__, "_quantize_group", killed)
+    monkeypatch.setattr(job, "_quantize_group", killed)
     assert run(*command, tmp_path / "killed")[0] != 0
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.partial").is_dir()
 
@@ -166,8 +169,8 @@ def test_killed_run_continues_to_the_same_bytes(tiny_pipeline_folder, prompts, t
     def forbidden(*_):
         pytest.fail("calibrates again")
 
-    monkeypatch.setitem(lrqdit.quantize.__globals__, "_quantize_group", counted)
-    monkeypatch.setattr(lrqdit.calibrate.Observer, "__enter__", forbidden)
+    monkeypatch.setattr(job, "_quantize_group", counted)
+    monkeypatch.setattr(lrqdit.calibration.observer.Observer, "__enter__", forbidden)
     succeed(*command, tmp_path / "killed")
     assert resumed and not set(resumed) & set(fitted)
     assert not (tmp_path / "killed.partial").exists()
@@ -183,7 +186,7 @@ def test_without_calibration_kept_tensors_get_the_dtype_of_the_files(copy_of_pip
     assert "bits per parameter" in text and "J >= 1 at 0 of 20 layers" in text
     kinds = {dtype for part in ("transformer", "vae") for _, dtype, _ in inspection.tensor_headers(out / part)}
     assert "F16" in kinds and "F32" not in kinds
-    assert len(pipelines.generate_images(pipelines.load_pipeline(out, device="cpu"), ["a"], steps=2)) == 1
+    assert len(generation.generate_images(pipelines.load_pipeline(out, device="cpu"), ["a"], steps=2)) == 1
 
 
 def test_overwrite(quantized, tiny_pipeline_folder, tmp_path):

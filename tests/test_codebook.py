@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrqdit.codebook import CODEBOOKS, Codebook, fit, relative_error
 from lrqdit.errors import ConfigError, NumericalError
+from lrqdit.numerics.codebook import CODEBOOKS, Codebook, fit, relative_error
 
 SCOPES = ("layer", "row")
 CASES = [(kind, bits) for kind in CODEBOOKS for bits in (2, 3, 4, 5, 6) if kind != "nf4" or bits == 4]

@@ -4,9 +4,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrqdit import codebook, compensate, rotation
-from lrqdit.activation import InputTransform, dequantize_tokens, quantize_tokens
-from lrqdit.calibrate import ActivationStats
+from lrqdit.calibration.statistics import ActivationStats
+from lrqdit.fitting import compensate
+from lrqdit.numerics import codebook, rotation
+from lrqdit.numerics.tokens import InputTransform, dequantize_tokens, quantize_tokens
 
 DAMPING = 0.03
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrqdit import codebook, config
+from lrqdit import config
 from lrqdit.config import ACTIVATION_BITS, MODES, ROTATION_POLICIES, WEIGHT_BITS, QuantizationConfig
 from lrqdit.errors import ConfigError, LrqditError
-from lrqdit.packing import PACKED_BITS
-from lrqdit.rotation import ROTATIONS
+from lrqdit.numerics import codebook
+from lrqdit.numerics.packing import PACKED_BITS
+from lrqdit.numerics.rotation import ROTATIONS
 
 
 @given(st.sampled_from(WEIGHT_BITS), st.sampled_from(ACTIVATION_BITS), st.sampled_from(list(MODES)), st.integers())

@@ -19,9 +19,9 @@ from torch import nn
 
 import lrqdit
 from lrqdit.config import QuantizationConfig
-from lrqdit.diffusers_plugin import LRQDiTConfig, LRQDiTQuantizer
 from lrqdit.errors import CheckpointError, ConfigError, LrqditError, ModelError, NumericalError
-from lrqdit.linear import QuantLinear
+from lrqdit.integrations.diffusers import LRQDiTConfig, LRQDiTQuantizer
+from lrqdit.packed.linear import QuantLinear
 
 FAST = {"rotation": "hadamard", "smoothing": "never", "show_progress": False}
 PIXART = "PixArtTransformer2DModel"

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lrqdit import evaluate, report
 from lrqdit.errors import ModelError
-from lrqdit.pipelines import Sample
+from lrqdit.evaluation import metrics as evaluate
+from lrqdit.evaluation import pages
+from lrqdit.evaluation import tables as report
+from lrqdit.integrations.generation import Sample
 
 
 def make_sample(seed: int = 0, noise: float = 0.0, size: int = 32) -> Sample:
@@ -109,6 +111,6 @@ def test_picture_grid_labels_are_drawn():
 
 
 def test_html_page_is_self_contained_and_escaped():
-    page = report.html_page("<b>", [{"a": "<script>", "b": 1.23456}], Image.new("RGB", (8, 8)), ["x & y"])
+    page = pages.html_page("<b>", [{"a": "<script>", "b": 1.23456}], Image.new("RGB", (8, 8)), ["x & y"])
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;" in page and "x &amp; y" in page
     assert "1.235" in page and "data:image/png;base64," in page and "http" not in page

@@ -2,13 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from lrqdit import codebook, rotation
-from lrqdit.activation import dequantize_tokens, quantize_tokens
-from lrqdit.calibrate import ActivationStats
-from lrqdit.compensate import measure_curvature
+from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
-from lrqdit.fit import choose_transform, data_free_transform, gaussian_clip, keep_at_8_bits, quantize_linear
+from lrqdit.fitting.compensate import measure_curvature
+from lrqdit.fitting.layer import keep_at_8_bits, quantize_linear
+from lrqdit.fitting.transform import choose_transform, data_free_transform, gaussian_clip
+from lrqdit.numerics import codebook, rotation
+from lrqdit.numerics.tokens import dequantize_tokens, quantize_tokens
 
 FAST = {"rotation": "hadamard", "smoothing": "never"}
 

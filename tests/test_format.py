@@ -10,7 +10,7 @@ from golden.make import VARIANTS, Block
 from safetensors.torch import load_file
 
 import lrqdit
-from lrqdit.hadamard import hadamard_matrix
+from lrqdit.numerics.hadamard import hadamard_matrix
 
 GOLDEN = Path(__file__).parent / "golden"
 

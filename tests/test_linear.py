@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from lrqdit.activation import InputTransform
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ModelError
-from lrqdit.fit import quantize_linear
-from lrqdit.linear import LinearFormat, QuantLinear, SharedInput
-from lrqdit.rotation import ROTATIONS, Rotation, build
+from lrqdit.fitting.layer import quantize_linear
+from lrqdit.numerics.rotation import ROTATIONS, Rotation, build
+from lrqdit.numerics.tokens import InputTransform
+from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.linear import QuantLinear, SharedInput
 
 WIDTH, OUT = 32, 24
 CONFIG = QuantizationConfig()

@@ -8,7 +8,7 @@ from tiny_models import TINY_MODELS, build_model
 from torch import nn
 
 from lrqdit.errors import ModelError
-from lrqdit.models import GENERIC, MODELS, ModelSpec, call_arguments, find_spec, select_layers
+from lrqdit.models.registry import GENERIC, MODELS, ModelSpec, call_arguments, find_spec, select_layers
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

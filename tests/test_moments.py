@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lrqdit.calibrate import Observer
-from lrqdit.moments import PROJECTIONS, SecondMoment, project_gradient
+from lrqdit.calibration.moments import PROJECTIONS, SecondMoment, project_gradient
+from lrqdit.calibration.observer import Observer
 
 
 def random(*shape, seed=0):

@@ -19,11 +19,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import lrqdit
-from lrqdit import kernels, native, ops, rotation, trellis
-from lrqdit.activation import InputTransform, normal_lookup
+from lrqdit import native
 from lrqdit.errors import KernelError
-from lrqdit.linear import LinearFormat, QuantLinear
-from lrqdit.packing import PACKED_BITS, pack, packed_shape
+from lrqdit.kernels import cpu as kernels
+from lrqdit.kernels import ops
+from lrqdit.numerics import rotation, trellis
+from lrqdit.numerics.packing import PACKED_BITS, pack, packed_shape
+from lrqdit.numerics.tokens import InputTransform, normal_lookup
+from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.linear import QuantLinear
 
 if native.LIBRARY is None:
     pytest.skip(f"no native kernels to test: {native.WHY_REFERENCE}", allow_module_level=True)
@@ -348,7 +352,9 @@ package = types.ModuleType("lrqdit")  # without __init__.py, which imports diffu
 package.__path__ = sys.argv[1:]
 sys.modules["lrqdit"] = package
 import torch
-from lrqdit import kernels, native, ops
+from lrqdit import native
+from lrqdit.kernels import cpu as kernels
+from lrqdit.kernels import ops
 codes, _ = ops.quantize_tokens(torch.arange(8.0)[None], None, None, "none", [], None, None, None, 4, 1.0)
 print(native.LIBRARY and native.LIBRARY.lrq_isa().decode(), codes.tolist()[0][-1])
 """

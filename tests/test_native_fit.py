@@ -8,9 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_codebook import CASES, SCOPES, make_degenerate, make_gaussian
 
-from lrqdit import activation, codebook, native, ops, rotation
+from lrqdit import native
 from lrqdit.errors import ConfigError, NumericalError
-from lrqdit.packing import PACKED_BITS, pack
+from lrqdit.kernels import ops
+from lrqdit.numerics import codebook, rotation
+from lrqdit.numerics import tokens as activation
+from lrqdit.numerics.packing import PACKED_BITS, pack
 
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason="lrqdit was installed without its native library")
 KINDS = [*CASES, ("twin_log", 8)]

@@ -3,9 +3,10 @@ import itertools
 import pytest
 import torch
 
-from lrqdit import ops, rotation
-from lrqdit.activation import InputTransform, quantize_tokens
-from lrqdit.packing import pack
+from lrqdit.kernels import ops
+from lrqdit.numerics import rotation
+from lrqdit.numerics.packing import pack
+from lrqdit.numerics.tokens import InputTransform, quantize_tokens
 
 NO_TRANSFORM = (None, None, "none", [], None, None, None)
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrqdit.errors import ConfigError
-from lrqdit.packing import PACKED_BITS, TILE, pack, packed_shape, unpack
+from lrqdit.numerics.packing import PACKED_BITS, TILE, pack, packed_shape, unpack
 
 
 def random_codes(out_features, in_features, bits, seed=0):

@@ -7,14 +7,19 @@ from hypothesis import strategies as st
 from test_fit import fit, observe, random
 from torch import nn
 
-from lrqdit import kernels, native, ops, rotation
-from lrqdit.activation import InputTransform
-from lrqdit.calibrate import ActivationStats
+from lrqdit import native
+from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError
-from lrqdit.fit import choose_transform, quantize_linear
-from lrqdit.linear import LinearFormat, QuantLinear
-from lrqdit.principal import LowRank, find_directions, outlet, split
+from lrqdit.fitting.layer import quantize_linear
+from lrqdit.fitting.transform import choose_transform
+from lrqdit.kernels import cpu as kernels
+from lrqdit.kernels import ops
+from lrqdit.numerics import rotation
+from lrqdit.numerics.principal import LowRank, find_directions, outlet, split
+from lrqdit.numerics.tokens import InputTransform
+from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.linear import QuantLinear
 
 WIDTH = 96
 FAST = {"rotation": "hadamard", "smoothing": "never"}
@@ -130,7 +135,7 @@ def test_shared_inputs_are_split_once(monkeypatch):
     assert "principal" not in other.state_dict() and "outlet" in other.state_dict()
     other.share_input(layer)
     calls = []
-    monkeypatch.setattr("lrqdit.linear.split", lambda *a: calls.append(1) or split(*a))
+    monkeypatch.setattr("lrqdit.packed.linear.split", lambda *a: calls.append(1) or split(*a))
     x = tokens(40, seed=30)
     with torch.no_grad():
         assert torch.equal(layer(x), other(x)) and len(calls) == 1

@@ -8,12 +8,13 @@ from safetensors.torch import save as save_bytes
 from torch import nn
 
 import lrqdit
-from lrqdit import fit
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError, NumericalError
-from lrqdit.linear import QuantLinear
+from lrqdit.fitting import job
+from lrqdit.fitting import layer as fit
+from lrqdit.packed.linear import QuantLinear
 
-quantize_module = importlib.import_module("lrqdit.quantize")  # the package has a function of this name
+quantize_module = importlib.import_module("lrqdit.api")
 FAST = {"rotation": "hadamard", "smoothing": "never", "show_progress": False}
 
 
@@ -221,7 +222,7 @@ def test_error_in_the_middle(monkeypatch):
             raise MemoryError
         return original(*arguments, **keywords)
 
-    monkeypatch.setattr(quantize_module, "quantize_linear", failing)
+    monkeypatch.setattr(job, "quantize_linear", failing)
     with pytest.raises(MemoryError):
         lrqdit.quantize(model, "w4a8", forward_loop=run, **FAST)
     assert_untouched(model, before)
@@ -268,7 +269,7 @@ def count_fits(monkeypatch, stop_after=None):
         names.append(arguments[0])
         return original(*arguments, **keywords)
 
-    monkeypatch.setattr(quantize_module, "quantize_linear", counted)
+    monkeypatch.setattr(job, "quantize_linear", counted)
     return names
 
 

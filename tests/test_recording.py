@@ -4,7 +4,7 @@ from conftest import build_tiny_pipeline
 from torch import nn
 
 import lrqdit
-from lrqdit.recording import MAX_CALLS, MAX_ROWS, Call, Step, StepRecorder, recorded_steps
+from lrqdit.calibration.steps import MAX_CALLS, MAX_ROWS, Call, Step, StepRecorder, recorded_steps
 
 
 def random(*shape, seed=0):

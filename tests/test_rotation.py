@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrqdit import rotation
 from lrqdit.errors import RotationError
-from lrqdit.hadamard import hadamard_matrix, kronecker_factors
-from lrqdit.rotation import ROTATIONS, Rotation, build, zigzag_permutation
+from lrqdit.numerics import rotation
+from lrqdit.numerics.hadamard import hadamard_matrix, kronecker_factors
+from lrqdit.numerics.rotation import ROTATIONS, Rotation, build, zigzag_permutation
 
 TRANSFORMER_WIDTHS = [
     *(64, 96, 192, 288, 384, 864, 1024, 1152, 1408, 1536, 1920, 2048, 2240, 2304, 2432, 2816, 3072, 3360, 3840),

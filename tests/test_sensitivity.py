@@ -10,12 +10,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lrqdit
-from lrqdit import cli, inspection, pipelines
-from lrqdit.calibrate import ActivationStats
+from lrqdit.app import cli, inspection
+from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError, NumericalError
-from lrqdit.linear import LinearFormat, QuantLinear
-from lrqdit.sensitivity import Probe, estimate
+from lrqdit.fitting.bits import Probe, estimate
+from lrqdit.integrations import generation, pipelines
+from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.linear import QuantLinear
 
 MEASURED = {"sensitivity": "measured", **FAST}
 
@@ -284,7 +286,7 @@ def test_pipeline_in_the_dtype_of_its_files(tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert widths(loaded.transformer) == found
     one, two = (
-        pipelines.generate_images(p.to(torch.float32), ["a fox"], steps=2, show_progress=False)[0].latents
+        generation.generate_images(p.to(torch.float32), ["a fox"], steps=2, show_progress=False)[0].latents
         for p in (pipeline, loaded)
     )
     assert (one - two).norm() < 0.01 * one.norm()  # buffers that no file holds went through float16 in one of them

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from lrqdit import simulate
-from lrqdit.calibrate import ActivationStats, InputGroup
-from lrqdit.presets import LEVELS, RECIPES, SMOOTHINGS, TOKENS, Recipe
-from lrqdit.rotation import ROTATIONS
+from benchmarks.methods import simulate
+from benchmarks.methods.recipes import LEVELS, RECIPES, SMOOTHINGS, TOKENS, Recipe
+from lrqdit.calibration.statistics import ActivationStats, InputGroup
+from lrqdit.numerics.rotation import ROTATIONS
 
 
 def tokens(count, width=64, seed=0):

@@ -8,12 +8,13 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 import lrqdit
-from lrqdit import doctor, gpu, speed
+from lrqdit.app import doctor, memory, speed
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError
-from lrqdit.linear import QuantLinear
+from lrqdit.kernels import gpu
+from lrqdit.packed.linear import QuantLinear
 
-BENCH_GPU = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
+BENCH_GPU = Path(__file__).parents[1] / "benchmarks" / "speed" / "bench_gpu.py"
 
 
 def test_time_calls_takes_turns():
@@ -37,7 +38,7 @@ def test_measured_layers(monkeypatch):
 
 @pytest.mark.parametrize(("model", "billions"), [("flux", 11.9), ("pixart", 0.611), ("wan", 14.3)])
 def test_memory_of_known_models(model, billions):
-    w4, w3 = speed.expected_memory(model)
+    w4, w3 = memory.expected_memory(model)
     assert w4["parameters"] == pytest.approx(billions * 1e9, rel=0.01)
     assert 4.0 < w4["true_bits"] < 4.3 and w3["packed_bytes"] < w4["packed_bytes"] < 0.27 * w4["bfloat16_bytes"]
 
@@ -45,14 +46,14 @@ def test_memory_of_known_models(model, billions):
 def test_expected_memory_is_that_of_a_quantized_model(tiny_pipeline_folder):
     """Calibration may leave out rotations and offsets, so without it: then nothing is chosen."""
     folder = tiny_pipeline_folder / "transformer"
-    (expected,) = speed.expected_memory(str(tiny_pipeline_folder), ["w4a8"])
+    (expected,) = memory.expected_memory(str(tiny_pipeline_folder), ["w4a8"])
     model = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
     lrqdit.quantize(model, "w4a8", is_calibrated=False)
     assert expected["packed_bytes"] == pytest.approx(lrqdit.measure_size(model).size_bytes, rel=0.03)
 
 
 def test_layers_that_share_their_input():
-    model = speed.replace_layers(speed.build_model("flux"), QuantizationConfig.from_name("w3a8"))
+    model = memory.replace_layers(memory.build_model("flux"), QuantizationConfig.from_name("w3a8"))
     single = model.single_transformer_blocks[0]
     assert single.attn.to_k.format.input_from == "single_transformer_blocks.0.proj_mlp"
     assert single.proj_mlp.shared_input is single.attn.to_q.shared_input
@@ -63,10 +64,10 @@ def test_layers_that_share_their_input():
 
 def test_unknown_models(tmp_path):
     with pytest.raises(ConfigError, match="neither"):
-        speed.build_model("sd")
+        memory.build_model("sd")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "NoSuchModel"}))
     with pytest.raises(ConfigError, match="NoSuchModel"):
-        speed.build_model(str(tmp_path))
+        memory.build_model(str(tmp_path))
 
 
 def test_doctor_without_a_gpu(monkeypatch):

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrqdit import codebook, native, trellis
+from lrqdit import native
 from lrqdit.errors import ConfigError
+from lrqdit.numerics import codebook, trellis
 
 ISAS = [] if native.LIBRARY is None else [i for i, lack in native.instruction_sets(native.LIBRARY).items() if not lack]
 

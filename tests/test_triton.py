@@ -12,16 +12,20 @@ import torch
 from test_ops import NO_TRANSFORM, random, random_weight, transform_arguments
 
 import lrqdit
-from lrqdit import gpu, ops, rotation
-from lrqdit.activation import normal_lookup
 from lrqdit.errors import ConfigError
-from lrqdit.linear import QuantLinear
-from lrqdit.speed import random_layer
+from lrqdit.kernels import gpu, ops
+from lrqdit.numerics import rotation
+from lrqdit.numerics.tokens import normal_lookup
+from lrqdit.packed.dummy import random_layer
+from lrqdit.packed.linear import QuantLinear
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lrqdit import triton_gemm, triton_prologue  # noqa: E402
-from lrqdit.triton_gemm import Plan  # noqa: E402
+from lrqdit.kernels import (
+    triton_gemm,  # noqa: E402
+    triton_prologue,  # noqa: E402
+)
+from lrqdit.kernels.triton_gemm import Plan  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")

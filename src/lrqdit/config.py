@@ -78,11 +78,11 @@ class QuantizationConfig:
             calibration, which costs nothing; every layer has ``weight_bits`` where there are none. ``measured``: by
             running the model with each layer rounded. ``none``: every layer has ``weight_bits``.
         mode: name of the mode the other defaults came from, ``auto`` or ``paper``.
-        codebook: weight levels, a key of :data:`lrqdit.codebook.CODEBOOKS`.
+        codebook: weight levels, a key of :data:`lrqdit.numerics.codebook.CODEBOOKS`.
         table_scope: ``layer`` (one int8 table per layer) or ``row`` (one per output row).
         coding: ``scalar`` (a code is a level), ``trellis`` (codes are paths through twice as many levels,
-            :mod:`lrqdit.trellis`: a third less error at equal bits, from one table per layer, up to 5 bits) or ``auto``
-            (``trellis`` for Twin-Log levels with one table per layer).
+            :mod:`lrqdit.numerics.trellis`: a third less error at equal bits, from one table per layer, up to 5 bits) or
+            ``auto`` (``trellis`` for Twin-Log levels with one table per layer).
         rotation: ``auto`` (smallest measured error), ``threshold`` (the paper's: Hadamard below ``rotation_threshold``,
             R1 P R2 from it on), or one kind for every layer.
         rotation_threshold: threshold on J, the RMS of a layer's input.
@@ -96,7 +96,7 @@ class QuantizationConfig:
         hessian: what compensation minimizes: the change of the model's ``output``, to first order, which runs and
             differentiates every second call of the calibration once more, or of each layer's output (``input``).
         principal_rank: directions of the input of layers with 4-bit activations that may pass beside the codes
-            (:mod:`lrqdit.principal`), where that lowers the measured error by a quarter; 0 for none.
+            (:mod:`lrqdit.numerics.principal`), where that lowers the measured error by a quarter; 0 for none.
         damping: of the compensation's Hessian, relative to its mean diagonal.
         moment_gib: memory for second moments of layer inputs, in GiB; layers that find none left round plainly.
         keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).

@@ -27,3 +27,9 @@ class CheckpointError(LrqditError, ValueError):
 
 class KernelError(LrqditError, RuntimeError):
     """A native kernel cannot be loaded, chosen or run."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, with its kind where the message alone says nothing."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()

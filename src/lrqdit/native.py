@@ -18,7 +18,6 @@ import numpy as np
 import torch  # before the library: one OpenMP runtime, torch's, for both
 from torch import Tensor
 
-import lrqdit
 from lrqdit.errors import KernelError
 
 ABI_VERSION = 4
@@ -152,7 +151,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
 
 def find_library() -> Path | None:
     """The compiled library beside this package, or None. An editable install keeps it in another folder of the path."""
-    for folder in lrqdit.__path__:
+    for folder in sys.modules["lrqdit"].__path__:
         if (path := Path(folder) / LIBRARY_NAME).is_file():
             return path
     return None

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lrqdit
-from lrqdit.checkpoint import FORMAT_VERSION
+from lrqdit.packed.format import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent
 VARIANTS = {

@@ -1,0 +1,1 @@
+"""Benchmarks of error: levels, pictures, captions."""

@@ -1,0 +1,1 @@
+"""Benchmarks of time and memory: layers, attention, whole steps, the quantizer."""

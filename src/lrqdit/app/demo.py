@@ -1,0 +1,118 @@
+"""The demo: quantize the embedded text-to-emoji pipeline to three presets and show what became of its pictures.
+
+The embedded model is a real, small PixArt pipeline (``demo_model``, made by ``training/train_demo.py``). Each quantized
+pipeline is saved, loaded back by diffusers' from_pretrained, and the pictures come from the loaded one.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lrqdit.api import observe, quantize
+from lrqdit.config import QuantizationConfig
+from lrqdit.errors import ModelError
+from lrqdit.evaluation.metrics import compare
+from lrqdit.evaluation.tables import picture_grid
+from lrqdit.integrations.generation import generate_images
+from lrqdit.integrations.pipelines import check_output_folder, denoiser_file_bytes, load_pipeline, save_quantized
+
+MODEL_FOLDER = Path(__file__).parents[1] / "demo_model"
+PRESETS = ("w4a8", "w3a8", "w4a4")
+STEPS, CALIBRATION_STEPS, GUIDANCE_SCALE, SEED = 20, 10, 3.0, 0
+# 64 of the captions the model knows, neither shown nor among those of the benchmarks
+CALIBRATION_PROMPTS = (
+    "aubergine", "rice ball", "rosette", "nerd face", "trophy", "dog", "curling stone", "pinata", "beans",
+    "airplane departure", "spoon", "grinning face with one large and one small eye", "eagle", "mouse", "bird",
+    "snowman", "smiling face with heart-shaped eyes", "love letter", "rhinoceros", "pile of poo", "zipper-mouth face",
+    "yawning face", "passenger ship", "ice skate", "first place medal", "frog face", "tropical drink",
+    "loudly crying face", "donkey", "shamrock", "cooked rice", "chess pawn", "hugging face", "nesting dolls",
+    "boxing glove", "raccoon", "baby bottle", "brown mushroom", "milky way", "airplane arriving", "red gift envelope",
+    "admission tickets", "cheese wedge", "carp streamer", "face with rolling eyes", "burrito", "umbrella on ground",
+    "revolving hearts", "blossom", "dumpling", "basketball and hoop", "melon", "dragon face", "panda face",
+    "sneezing face", "volleyball", "oyster", "teddy bear", "sled", "lime", "popcorn", "snowflake", "ferry",
+    "flamingo",
+)  # fmt: skip
+SHOWN_PROMPTS = (
+    "fox face",
+    "slice of pizza",
+    "smiling face with sunglasses",
+    "tropical fish",
+    "red apple",
+    "christmas tree",
+    "airplane",
+    "hot beverage",
+)
+COLUMNS = ("preset", "true_bits", "before", "after", "psnr", "ssim", "latent_error", "seconds")
+
+
+def run_demo(
+    out: str | Path = "demo-out",
+    presets: Sequence[str] = PRESETS,
+    *,
+    model_folder: str | Path = MODEL_FOLDER,
+    steps: int = STEPS,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Quantize, save, load and compare; write ``comparison.png``, ``results.json`` and a folder per preset.
+
+    Args:
+        out: where to write; what an earlier demo wrote there is replaced.
+        presets: what to quantize to.
+        model_folder: the pipeline to start from.
+        steps: denoising steps of the shown pictures, and at most of calibration, which every preset shares.
+        show_progress: progress bars on stderr.
+
+    Returns:
+        What ``results.json`` holds: ``rows``, one dictionary per preset. ``bytes_before`` and ``bytes_after`` are the
+        transformer's files, ``true_bits`` their tensors over all of its parameters, ``psnr``, ``ssim`` and
+        ``latent_error`` means over the shown prompts against the original's pictures, ``seconds`` the time from loading
+        the original to the last picture, without the shared calibration.
+
+    Raises:
+        ModelError: if the demo model is not there.
+        ConfigError: for an unknown preset.
+    """
+    out, model_folder = Path(out), Path(model_folder)
+    for preset in presets:
+        QuantizationConfig.from_name(preset)
+        check_output_folder(out / preset, is_overwritten=True)
+    if not (model_folder / "model_index.json").is_file():
+        raise ModelError(
+            f"the demo model is not at {model_folder}: this copy of lrqdit came without it; install lrqdit from a full "
+            "checkout, or make the model with training/train_demo.py"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    generation: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE_SCALE, "show_progress": show_progress}
+    original = load_pipeline(model_folder, device="cpu")
+    references = generate_images(original, SHOWN_PROMPTS, SEED, description="original", **generation)
+    pictures = [("original", [sample.picture for sample in references])]
+    rows = []
+    calibration = observe(
+        original, prompts=CALIBRATION_PROMPTS, steps=min(steps, CALIBRATION_STEPS), guidance_scale=GUIDANCE_SCALE,
+        show_progress=show_progress, batch_size=8,
+    )  # fmt: skip
+    for preset in presets:
+        start = time.monotonic()
+        pipeline = load_pipeline(model_folder, device="cpu")
+        report = quantize(pipeline, preset, calibration=calibration, show_progress=show_progress)
+        save_quantized(pipeline, report, model_folder, out / preset)
+        loaded = load_pipeline(out / preset, device="cpu")
+        samples = generate_images(loaded, SHOWN_PROMPTS, SEED, description=preset, **generation)
+        pictures.append((preset, [sample.picture for sample in samples]))
+        means = compare(references, samples)["metrics"]
+        rows.append({
+            "preset": preset,
+            "true_bits": report.size.true_bits,
+            "bytes_before": report.bytes_before,
+            "bytes_after": denoiser_file_bytes(out / preset),
+            "psnr": means["psnr"],
+            "ssim": means["ssim"],
+            "latent_error": means["latent_error"],
+            "seconds": time.monotonic() - start,
+        })  # fmt: skip
+    results = {"rows": rows}
+    picture_grid(pictures, SHOWN_PROMPTS).save(out / "comparison.png")
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results

@@ -1,0 +1,121 @@
+"""What a quantized folder holds, from file headers and ``config.json`` alone: no weight is loaded."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from lrqdit.errors import CheckpointError
+from lrqdit.integrations.pipelines import REPORT_FILE
+from lrqdit.models.registry import PIPELINE_COMPONENTS
+from lrqdit.packed.files import CONFIG_FILE, check_model_folder, check_pipeline_folder, read_json, tensor_headers
+from lrqdit.packed.format import FORMAT_NAME, LinearFormat, check_version
+from lrqdit.packed.linear import QuantLinear
+from lrqdit.packed.size import weight_file_bytes
+
+_DTYPE_NAMES = {"torch.uint8": "U8", "torch.int8": "I8", "torch.int16": "I16", "torch.int32": "I32"}
+
+
+def describe_folder(folder: str | Path) -> dict[str, Any]:
+    """Describe a quantized pipeline or a single quantized model.
+
+    Args:
+        folder: of a pipeline, of a diffusers model, or written by :func:`lrqdit.save_checkpoint`.
+
+    Returns:
+        ``layers``, one dictionary per quantized layer; ``totals`` over all quantized models of the folder, with their
+        true bits and file sizes; ``preset`` and ``settings``.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, nothing is quantized, or the files do not hold what the
+            configuration claims.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; pass the folder of a quantized pipeline or model")
+    parts = [folder]
+    if (folder / "model_index.json").exists():
+        check_pipeline_folder(folder)
+        parts = [folder / name for name in PIPELINE_COMPONENTS if (folder / name).is_dir()]
+    found = [(part, config) for part in parts if (config := _quantization_config(part)) is not None]
+    if not found:
+        raise CheckpointError(f"{folder} holds no model quantized by lrqdit; write one with `lrqdit quantize`")
+    report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).exists() else {}
+    reasons = {name: group for group in report.get("layers", []) for name in group["names"]}
+    layers, parameters, tensor_bytes = [], 0, 0
+    for part, config in found:
+        described, count, size = _describe_model(part, config["layers"], reasons)
+        layers, parameters, tensor_bytes = layers + described, parameters + count, tensor_bytes + size
+    settings = found[0][1]["settings"]
+    totals = {
+        "parameters": parameters,
+        "tensor_bytes": tensor_bytes,
+        "file_bytes": sum(weight_file_bytes(part) for part, _ in found),
+        "true_bits": 8 * tensor_bytes / max(1, parameters),
+        "claimed_true_bits": report.get("size", {}).get("true_bits"),
+    }
+    preset = f"w{settings.get('weight_bits')}a{settings.get('activation_bits')}"
+    return {"folder": str(folder), "preset": preset, "settings": settings, "totals": totals, "layers": layers}
+
+
+def _quantization_config(part: Path) -> dict[str, Any] | None:
+    """The configuration of a quantized model's folder, or None if it is not quantized by this package."""
+    config = read_json(part / CONFIG_FILE)
+    config = config.get("quantization_config") or config
+    if config.get("quant_method") != FORMAT_NAME:
+        return None
+    check_version(config.get("format_version"))
+    for key in ("layers", "settings"):
+        if not isinstance(config.get(key), dict):
+            raise CheckpointError(f"{part / CONFIG_FILE} has no {key!r}; copy it again")
+    return config
+
+
+def _describe_model(
+    part: Path, formats: dict[str, dict[str, Any]], reasons: dict[str, dict[str, Any]]
+) -> tuple[list[dict[str, Any]], int, int]:
+    """Layers, original parameters and bytes of tensors of one model; checks every packed tensor against its format."""
+    check_model_folder(part)
+    headers = {name: (dtype, tuple(shape)) for name, dtype, shape in tensor_headers(part)}
+    layers, parameters = [], 0
+    others = dict(headers)
+    for name, values in formats.items():
+        layout = LinearFormat.from_dict(values)
+        layer_bytes = 0
+        for leaf, tensor in QuantLinear(layout, device="meta").state_dict().items():
+            expected = (_DTYPE_NAMES[str(tensor.dtype)], tuple(tensor.shape))
+            if headers.get(f"{name}.{leaf}") != expected:
+                raise CheckpointError(
+                    f"{part}: {name}.{leaf} should be {expected[0]} {list(expected[1])} by {CONFIG_FILE}, "
+                    f"but the files hold {headers.get(f'{name}.{leaf}', 'no such tensor')}; copy the folder again"
+                )
+            del others[f"{name}.{leaf}"]
+            layer_bytes += tensor.numel() * tensor.element_size()
+        parameters += layout.in_features * layout.out_features + (
+            layout.out_features if layout.has_original_bias else 0
+        )
+        reason = reasons.get(name, {})
+        layers.append({
+            "name": name,
+            "out_features": layout.out_features,
+            "in_features": layout.in_features,
+            "weight_bits": layout.weight_bits,
+            "activation_bits": layout.activation_bits,
+            "codebook": layout.codebook,
+            "table_rows": layout.table_rows,
+            "rotation": layout.rotation,
+            "clip": layout.clip,
+            "size_bytes": layer_bytes,
+            "input_from": layout.input_from,
+            "rms": reason.get("rms"),
+            "error": reason.get("error"),
+            "gain": reason.get("gain"),
+        })  # fmt: skip
+    parameters += sum(math.prod(shape) for _, shape in others.values())
+    return layers, parameters, sum(_size_bytes(*header) for header in headers.values())
+
+
+def _size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor by its safetensors dtype, such as BF16."""
+    bits = re.search(r"\d+", dtype)
+    return math.prod(shape) * int(bits[0] if bits else 8) // 8

@@ -1,0 +1,206 @@
+"""Observers on linear layers while the real model runs: bounded statistics, a reservoir of tokens, who shares input.
+
+Memory does not grow with the number of steps: per layer input five vectors of its width, at most
+``calibration_tokens`` tokens in the model's own dtype, and, where compensated rounding will want them, two second
+moments of the centred input, (width, width): see :mod:`lrqdit.calibration.moments`. For the one that weighs tokens
+by what they do to the model's output, some of the model's calls are run a second time and differentiated.
+
+Layers that are given the very same tensor one after the other (q, k and v; FLUX's proj_mlp beside them) form one group,
+observed once.
+
+**Hold-out.** What a layer's rounding is fitted to must not judge it. While ``Observer.is_held_out`` is set, tokens
+enter the reservoir and not the second moment; otherwise the other way round (unless nothing is held out at all).
+Prompts are held out whole: tokens of one prompt come back at every step.
+
+Reductions run single-threaded in float64 (numpy; the second moment in float32 blocks of fixed size, added in float64),
+so that the result does not depend on the number of threads.
+"""
+
+import copy
+import functools
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lrqdit.calibration.moments import Tap
+from lrqdit.calibration.statistics import ActivationStats, InputGroup
+from lrqdit.errors import ModelError, NumericalError
+
+MAX_MOMENT_WIDTH = 16384
+
+
+class Observer:
+    """Context manager that watches the inputs of named linear layers.
+
+    Args:
+        module: the model.
+        names: layers to watch.
+        reservoir_size: tokens kept per input.
+        seed: seed of the token choice.
+        moment_bytes: memory for second moments, given to the inputs in the order in which they are first seen.
+        held_out_every: if not 0, every so many calls of the module one is held out.
+        gradient_every: if not 0, every so many calls of the module one is differentiated, unless it is held out.
+
+    Attributes:
+        is_held_out: set while what runs shall be held out from the second moments.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: tuple[str, ...],
+        reservoir_size: int,
+        seed: int,
+        moment_bytes: int = 0,
+        held_out_every: int = 0,
+        gradient_every: int = 0,
+    ) -> None:
+        self._module, self._held_out_every, self._calls = module, held_out_every, 0
+        self._gradient_every, self._is_differentiating, self._gradient_calls = gradient_every, False, 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._layers = {name: module.get_submodule(name) for name in names}
+        self._reservoir_size, self._seed, self._moment_bytes_left = reservoir_size, seed, moment_bytes
+        self.is_held_out = False
+        self._group_of: dict[str, InputGroup] = {}
+        self._last: tuple[weakref.ref, int, InputGroup] | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def _count_call(self, *_: object) -> None:
+        if not self._is_differentiating:
+            self.is_held_out = self._calls % self._held_out_every == self._held_out_every - 1
+            self._calls += 1
+
+    def __enter__(self) -> "Observer":
+        if self._held_out_every:
+            self._handles.append(self._module.register_forward_pre_hook(self._count_call))
+        for name, layer in self._layers.items():
+            self._handles.append(
+                layer.register_forward_hook(
+                    lambda _, arguments, keywords, y, name=name: self._see(
+                        name, arguments[0] if arguments else keywords["input"], y
+                    ),
+                    with_kwargs=True,
+                )
+            )
+        if self._gradient_every:
+            self._handles.append(self._module.register_forward_hook(self._differentiate, with_kwargs=True))
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._last = [], None
+
+    def _see(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
+        if not self._is_differentiating:
+            self._observe(name, x)
+        elif torch.is_grad_enabled() and x.ndim > 2 and name in self._group_of:
+            y = y if y.requires_grad else y.detach().requires_grad_()
+            return Tap.apply(y, x, functools.partial(self._group_of[name].stats.add_gradient, name))
+        return None
+
+    def _differentiate(self, module: nn.Module, arguments: tuple, keywords: dict, _: object) -> None:
+        """Run a call again, and see how a random projection of its output depends on the layers' outputs."""
+        if self._is_differentiating or self.is_held_out or not self._gradient_every:
+            return
+        self._gradient_calls += 1
+        if self._gradient_calls % self._gradient_every != 0:
+            return
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._is_differentiating = True
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            with torch.enable_grad(), recomputed_activations(module):
+                output = first_float(module(*arguments, **keywords))
+                if output is not None and output.requires_grad:
+                    projection = torch.randn(output.shape, generator=self._generator)
+                    (output.float() * projection.to(output.device)).sum().backward()
+        except RuntimeError as error:  # an operator without a derivative, or too little memory: input moments must do
+            self._gradient_every = 0
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(
+                f"lrqdit: {type(module).__name__} cannot be differentiated here ({reason}); rounding will weigh all "
+                "tokens alike",
+                stacklevel=2,
+            )
+        finally:
+            self._is_differentiating = False
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        version = 0 if x.is_inference() else x._version
+        is_repeated = self._last is not None and self._last[0]() is x and self._last[1] == version
+        group = self._group_of.get(name)
+        if is_repeated and (group is None or (group is self._last[2] and group.names[0] != name)):
+            if group is None:
+                self._last[2].names.append(name)
+                self._group_of[name] = self._last[2]
+            return
+        if group is None:
+            seed = self._seed * 1_000_003 + len(self._group_of)
+            moment_bytes = (8 if self._gradient_every else 4) * x.shape[-1] ** 2
+            has_moment = x.shape[-1] <= MAX_MOMENT_WIDTH and moment_bytes <= self._moment_bytes_left
+            self._moment_bytes_left -= moment_bytes if has_moment else 0
+            group = InputGroup([name], ActivationStats(x.shape[-1], self._reservoir_size, seed, has_moment))
+        elif group.names[0] != name:  # it read its owner's tensor so far, and now does not: on its own from here on
+            group.names.remove(name)
+            group = InputGroup([name], copy.deepcopy(group.stats))
+        self._group_of[name] = group
+        group.stats.update(x, self.is_held_out)
+        self._last = weakref.ref(x), version, group
+
+    def groups(self) -> list[InputGroup]:
+        """The groups in the order of the model's layers.
+
+        Raises:
+            ModelError: if a layer was never run.
+            NumericalError: if an input contained NaN or Inf.
+        """
+        missing = [name for name in self._layers if name not in self._group_of]
+        if missing:
+            raise ModelError(
+                f"calibration: {len(missing)} of {len(self._layers)} layers never ran, the first is {missing[0]}; run "
+                "the whole model in forward_loop, or exclude them"
+            )
+        groups = list({id(self._group_of[name]): self._group_of[name] for name in self._layers}.values())
+        for group in groups:
+            if not np.isfinite(group.stats.channel_square_sum).all():
+                channel = int(np.flatnonzero(~np.isfinite(group.stats.channel_square_sum))[0])
+                raise NumericalError(
+                    f"calibration: the input of {group.names[0]} contains NaN or Inf (channel {channel}); run the "
+                    "model in a wider dtype (bfloat16 or float32) or check its weights"
+                )
+        return groups
+
+
+@contextmanager
+def recomputed_activations(module: nn.Module) -> Iterator[None]:
+    """Inside, a diffusers model keeps the activations of one block at a time and computes the others again."""
+    is_possible = getattr(module, "_supports_gradient_checkpointing", False)
+    if not is_possible or getattr(module, "is_gradient_checkpointing", False):
+        yield
+        return
+    module.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        module.disable_gradient_checkpointing()
+
+
+def first_float(output: Any) -> Tensor | None:
+    """The first float tensor in what a module returned."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return next((found for part in parts if (found := first_float(part)) is not None), None)

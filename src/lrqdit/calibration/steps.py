@@ -1,0 +1,228 @@
+"""The last denoising steps of a few prompts, kept on the CPU so that they can be run again with one layer changed.
+
+What reaches a picture is the model's error at the last steps (two of ten make 90 %), as guidance combines it: with a
+scale of 3, an error that conditional and unconditional output share counts once, one of the conditional output alone
+nine times. So a step is kept with the weights by which its scheduler's input was made from the model's outputs.
+Steps of held-out prompts are preferred: what the rounding is fitted to must not judge it.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lrqdit.calibration.observer import first_float
+from lrqdit.calibration.statistics import InputGroup
+
+LAST_STEPS = 2
+MAX_CALLS, MAX_ROWS = 8, 16
+TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a module: JSON-safe ``structure`` of its arguments, its ``tensors`` on the CPU."""
+
+    structure: Any
+    tensors: list[Tensor]
+
+    @classmethod
+    def record(cls, arguments: tuple, keywords: dict[str, Any]) -> "Call | None":
+        """A copy of a call's arguments; None if they are more than tensors, numbers, texts, lists and dictionaries."""
+        tensors: list[Tensor] = []
+        try:
+            return cls(_flatten([list(arguments), keywords], tensors), tensors)
+        except TypeError:
+            return None
+
+    def run(self, module: nn.Module) -> Tensor:
+        """The first float tensor that the module returns."""
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        arguments, keywords = _unflatten(self.structure, [tensor.to(device) for tensor in self.tensors])
+        found = first_float(module(*arguments, **keywords))
+        return torch.empty(0) if found is None else found
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The calls of one denoising step.
+
+    Args:
+        calls: one, or several where guidance runs the model more than once.
+        weights: of the equal parts of the calls' outputs, laid end to end, in what the scheduler was given; empty if
+            that is unknown.
+        shape: of what the scheduler was given.
+    """
+
+    calls: list[Call]
+    weights: tuple[float, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    def run(self, module: nn.Module) -> Tensor:
+        """The step's output as the scheduler sees it, or the plain outputs end to end; float32."""
+        outputs = [call.run(module).float() for call in self.calls]
+        if not self.weights:
+            return torch.cat([output.flatten() for output in outputs])
+        parts = _split(outputs, self.shape)
+        return torch.tensordot(torch.tensor(self.weights, device=parts.device), parts, dims=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was observed of one model.
+
+    Args:
+        groups: statistics of its layers' inputs, in the order of the layers.
+        steps: some denoising steps; none if the model's arguments cannot be kept.
+    """
+
+    groups: list[InputGroup]
+    steps: list[Step] = dataclasses.field(default_factory=list)
+
+
+class StepRecorder:
+    """Collects steps of one module: the last two of each run of the denoising loop, of a few runs chosen by chance."""
+
+    def __init__(self, seed: int, is_held_out: Callable[[], bool]) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._is_held_out = is_held_out
+        self._calls: list[tuple[Call | None, Tensor]] = []
+        self._last: collections.deque[tuple[Step, int]] = collections.deque(maxlen=LAST_STEPS)
+        self._rank = False, 0.0
+        self._runs: list[tuple[tuple[bool, float], list[tuple[Step, int]]]] = []
+
+    def add_call(self, arguments: tuple, keywords: dict[str, Any], output: Any) -> None:
+        """Note a call of the module."""
+        found = first_float(output)
+        kept = torch.empty(0) if found is None else found.detach().cpu()
+        self._calls.append((Call.record(arguments, keywords), kept))
+        if len(self._calls) > MAX_CALLS:  # no scheduler asks for them
+            self.end_step(None)
+
+    def end_step(self, given: Tensor | None) -> None:
+        """The calls so far were one step, from which the scheduler was given a tensor, if there is a scheduler."""
+        calls = [call for call, _ in self._calls if call is not None]
+        outputs = [output for _, output in self._calls]
+        if calls and len(calls) == len(outputs):
+            weights = () if given is None else _find_weights(outputs, given.detach().cpu())
+            rows = sum(len(output) if output.ndim else 1 for output in outputs)
+            self._last.append((Step(calls, weights, tuple(given.shape) if given is not None and weights else ()), rows))
+            self._rank = not self._is_held_out(), float(torch.rand((), generator=self._generator))
+        self._calls = []
+
+    def end_run(self) -> None:
+        """Whatever comes next belongs to other noise."""
+        if self._last:
+            self._runs.append((self._rank, list(self._last)))
+            self._last.clear()
+        kept, calls, rows = [], 0, 0
+        for rank, steps in sorted(self._runs, key=lambda run: run[0]):
+            if calls < MAX_CALLS and rows < MAX_ROWS:
+                kept.append((rank, steps))
+            calls += sum(len(step.calls) for step, _ in steps)
+            rows += sum(count for _, count in steps)
+        self._runs = kept
+
+    def steps(self) -> list[Step]:
+        """What was kept; nothing if the module's arguments cannot be."""
+        self.end_run()
+        return [step for _, steps in self._runs for step, _ in steps]
+
+
+@contextmanager
+def recorded_steps(modules: dict[str, nn.Module], scheduler: Any, recorders: dict[str, StepRecorder]) -> Iterator[None]:
+    """Let recorders see their modules' calls, and the steps of a diffusers scheduler (None: every call is a step)."""
+
+    def note_call(name: str, arguments: tuple, keywords: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled():
+            return  # calibration differentiates the call before
+        recorders[name].add_call(arguments, keywords, output)
+        if scheduler is None:
+            recorders[name].end_step(None)
+            recorders[name].end_run()
+
+    handles = [
+        module.register_forward_hook(
+            lambda _, arguments, keywords, output, name=name: note_call(name, arguments, keywords, output),
+            with_kwargs=True,
+        )
+        for name, module in modules.items()
+    ]
+    if scheduler is not None:
+        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+
+        @functools.wraps(step)  # pipelines inspect the signatures
+        def noting_step(*arguments: Any, **keywords: Any) -> Any:
+            for recorder in recorders.values():
+                recorder.end_step(arguments[0] if arguments else keywords["model_output"])
+            return step(*arguments, **keywords)
+
+        @functools.wraps(set_timesteps)
+        def noting_set_timesteps(*arguments: Any, **keywords: Any) -> Any:
+            for recorder in recorders.values():
+                recorder.end_run()
+            return set_timesteps(*arguments, **keywords)
+
+        scheduler.step, scheduler.set_timesteps = noting_step, noting_set_timesteps
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if scheduler is not None:
+            del scheduler.step, scheduler.set_timesteps
+
+
+def _find_weights(outputs: list[Tensor], given: Tensor) -> tuple[float, ...]:
+    """Weights w with sum w_i part_i = given, by least squares; none if there are no such."""
+    parts = _split(outputs, tuple(given.shape))
+    if parts.numel() == 0 or not given.is_floating_point():
+        return ()
+    columns, wanted = parts.flatten(1).double().numpy().T, given.flatten().double().numpy()
+    weights = np.linalg.lstsq(columns, wanted, rcond=None)[0]
+    left = np.square(columns @ weights - wanted).sum()
+    return tuple(weights.tolist()) if left <= TOLERANCE * np.square(wanted).sum() else ()
+
+
+def _split(outputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Outputs end to end as (parts, *shape), empty if they are not parts of that shape; channels in excess, such as
+    predicted variances, are left out."""
+    nothing = torch.empty(0)
+    if not shape or any(o.ndim != len(shape) or o.shape[1:] != outputs[0].shape[1:] for o in outputs):
+        return nothing
+    joined = torch.cat(outputs)
+    if len(shape) > 1:
+        joined = joined[:, : shape[1]]
+    is_divisible = len(joined) % shape[0] == 0 if shape[0] else False
+    return joined.reshape(-1, *shape) if is_divisible and joined.shape[1:] == shape[1:] else nothing
+
+
+def _flatten(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value.detach().cpu().clone())
+        return {"tensor": len(tensors) - 1}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_flatten(part, tensors) for part in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _flatten(part, tensors) for key, part in value.items()}}
+    raise TypeError(type(value))
+
+
+def _unflatten(structure: dict[str, Any], tensors: list[Tensor]) -> Any:
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "value":
+        return content
+    if kind == "dict":
+        return {key: _unflatten(part, tensors) for key, part in content.items()}
+    parts = [_unflatten(part, tensors) for part in content]
+    return tuple(parts) if kind == "tuple" else parts

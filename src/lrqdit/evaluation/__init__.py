@@ -1,0 +1,1 @@
+"""How far a quantized model is from its original: metrics, tables, pages."""

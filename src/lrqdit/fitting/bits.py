@@ -1,0 +1,237 @@
+"""Mixed precision: how much the model's output changes with each layer's weight bits, and which bits a budget allows.
+
+Two ways to know, both at one width; at the others the change is scaled by fixed factors, which choose as well as
+measuring at every width. Errors of different layers add up within a few per cent.
+
+- estimated from calibration: with D the rounding error of a weight and M the gradients of
+  :mod:`lrqdit.calibration.moments`, the output changes by <M, D>, whose mean square is
+  tr(D E[M^T M] D^T) / out_features if all rows of M are alike;
+- measured: one layer at a time is replaced by its quantized form (activations in full) and the recorded denoising steps
+  are run again. It chooses better, and takes a run of the model for each layer.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lrqdit.calibration.steps import Step
+from lrqdit.config import WEIGHT_BITS, QuantizationConfig
+from lrqdit.errors import ConfigError, NumericalError
+from lrqdit.models.registry import Selection, layers_stored_at_8_bits
+from lrqdit.numerics import trellis
+from lrqdit.numerics.rotation import single_thread
+from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.linear import QuantLinear
+from lrqdit.packed.size import layer_bytes
+
+# A layer's error by weight bits. A bit counts four; from 3 to 2 bits the late steps show 4.8 (the median), and
+# cross-attention's queries and keys lose at earlier steps what they do not show. 5 and 6 bits were measured on Gaussian
+# weights alone, where a bit on a trellis counts 3.6 or 3.7; the sixth counts 2.5, because it has no trellis
+RELATIVE_ERROR = {2: 8.0, 3: 1.0, 4: 0.25, 5: 0.0625, 6: 0.025, 8: 0.003}
+
+
+def options(is_weight_only: bool) -> tuple[int, ...]:
+    """The weight bits that a layer may get; large modulation layers never less than 4."""
+    return tuple(bits for bits in WEIGHT_BITS if bits >= (4 if is_weight_only else 2))
+
+
+def estimate(layer: QuantLinear, weight: Tensor, moment: Tensor, energy: float) -> float:
+    """Mean squared change of the model's output through the rounded weight of ``layer``, to first order.
+
+    Args:
+        layer: quantized.
+        weight: that of the original, (out_features, in_features).
+        moment: E[M^T M] of the layer's group, at any scale, (in_features, in_features).
+        energy: E |M|^2 of the layer.
+    """
+    difference = layer.dequantize().cpu() - weight.detach().cpu().float()
+    with single_thread():
+        change = (difference @ moment.float()).double().mul_(difference.double()).sum()
+    return float(change / moment.trace()) * energy / len(weight)
+
+
+class Probe:
+    """Context manager that measures how replaced layers change a module's output; the module is in eval mode inside.
+
+    Args:
+        module: the original model.
+        steps: recorded of it.
+    """
+
+    def __init__(self, module: nn.Module, steps: list[Step]) -> None:
+        self._module, self._steps = module, steps
+        self._training = [part for part in module.modules() if part.training]
+        self._exact: list[Tensor] = []
+
+    def __enter__(self) -> "Probe":
+        self._module.eval()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        for part in self._training:
+            part.training = True
+
+    @torch.no_grad()
+    def measure(self, name: str, layer: QuantLinear) -> float:
+        """Mean squared change of the steps' outputs when one layer has the rounded weight of ``layer``.
+
+        Raises:
+            NumericalError: if it is NaN or Inf.
+        """
+        if not self._exact:
+            self._exact = [step.run(self._module) for step in self._steps]
+        original = self._module.get_submodule(name)
+        self._module.set_submodule(name, layer.to_linear().to(original.weight.device, original.weight.dtype))
+        try:
+            changes = [
+                float((step.run(self._module) - exact).double().square().mean())
+                for step, exact in zip(self._steps, self._exact, strict=True)
+            ]
+        finally:
+            self._module.set_submodule(name, original)
+        change = sum(changes) / len(changes)
+        if not math.isfinite(change):
+            raise NumericalError(f"the model's output is NaN or Inf once {name} is rounded; run it in a wider dtype")
+        return change
+
+
+def at_every_width(change: float, bits: int, is_weight_only: bool) -> dict[int, float]:
+    """A change measured at some weight bits, at every width that the layer may get."""
+    return {width: change * RELATIVE_ERROR[width] / RELATIVE_ERROR[bits] for width in options(is_weight_only)}
+
+
+def choose_bits(
+    module: nn.Module,
+    formats: Mapping[str, LinearFormat],
+    predicted: Mapping[str, Mapping[int, float]],
+    kept: Mapping[str, LinearFormat],
+    config: QuantizationConfig,
+    dtype: torch.dtype | None = None,
+) -> dict[str, int]:
+    """Weight bits by layer: the smallest sum of predicted changes within ``config.average_bits`` of the whole module,
+    or, if that is None, within what the layers would take as they are without principal parts (or the least possible).
+
+    Args:
+        module: the original model.
+        formats: of the layers to choose for, at any weight bits.
+        predicted: mean squared change of the module's output by layer and weight bits.
+        kept: formats of the layers that are quantized at a width of their own.
+        dtype: that float tensors outside these layers will be stored in, where it is narrower than theirs.
+
+    Raises:
+        ConfigError: if the budget is below what the smallest widths take; it names that.
+    """
+    costs = {
+        name: [layer_bytes(_at_bits(layout, bits, config)) for bits in predicted[name]]
+        for name, layout in formats.items()
+    }
+    smallest = sum(min(values) for values in costs.values())
+    if config.average_bits is None:
+        plain = sum(layer_bytes(dataclasses.replace(layout, principal_rank=0)) for layout in formats.values())
+        return _pick(costs, predicted, max(plain, smallest))
+    parameters, others = 0, sum(layer_bytes(layout) for layout in kept.values())
+    for key, tensor in module.state_dict().items():
+        parameters += tensor.numel()
+        if key.rpartition(".")[0] not in formats.keys() | kept.keys():
+            is_cast = dtype is not None and tensor.is_floating_point()
+            size = min(dtype.itemsize, tensor.element_size()) if is_cast and dtype else tensor.element_size()
+            others += tensor.numel() * size
+    budget = math.floor(config.average_bits * parameters / 8) - others
+    if budget < smallest:
+        least = math.ceil(8 * (smallest + others) / parameters * 1000) / 1000
+        raise ConfigError(
+            f"average_bits={config.average_bits:g} cannot be reached: {type(module).__name__} takes at least {least} "
+            "true bits per parameter, scales and kept layers included"
+        )
+    return _pick(costs, predicted, budget)
+
+
+def _pick(costs: Mapping[str, list[int]], predicted: Mapping[str, Mapping[int, float]], budget: int) -> dict[str, int]:
+    widths = [list(predicted[name]) for name in costs]
+    picks = choose_options(list(costs.values()), [list(predicted[name].values()) for name in costs], budget)
+    return {name: bits[pick] for name, bits, pick in zip(costs, widths, picks, strict=True)}
+
+
+def _at_bits(layout: LinearFormat, bits: int, config: QuantizationConfig) -> LinearFormat:
+    rows = 0 if bits == 8 else layout.out_features if config.table_scope == "row" else 1
+    is_trellis = config.has_trellis and bits in trellis.BITS
+    return dataclasses.replace(layout, weight_bits=bits, table_rows=rows, is_trellis=is_trellis)
+
+
+UNITS = 1 << 17
+
+
+def choose_options(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """One option for each item: the smallest sum of errors whose sum of costs does not exceed the budget.
+
+    Exact by dynamic programming as long as the costs differ by at most 131072 in all; above that what an item costs
+    beyond its cheapest option is rounded up to a whole unit, so the budget is still kept. The unit does not depend on
+    the budget: a larger one never has a larger sum of errors.
+
+    Args:
+        costs: of every option of every item.
+        errors: likewise; what they sum up to is what is minimized.
+        budget: in the unit of the costs, at least the sum of the cheapest options.
+
+    Returns:
+        The index of each item's option; the cheaper one of equal sums.
+
+    Raises:
+        ValueError: if not even the cheapest options fit.
+    """
+    cheapest = [min(item) for item in costs]
+    span = sum(max(item) for item in costs) - sum(cheapest)
+    unit = max(1, -(-span // UNITS))
+    room = min(budget - sum(cheapest), span + unit * len(costs)) // unit
+    if room < 0:
+        raise ValueError(f"the cheapest options cost {sum(cheapest)}, the budget is {budget}")
+    smallest = np.zeros(room + 1)  # by what may be spent
+    spent, picks = [], []
+    for item, item_errors, low in zip(costs, errors, cheapest, strict=True):
+        units = [-(-(cost - low) // unit) for cost in item]
+        sums = np.full((len(item), room + 1), np.inf)
+        for option, (steps, error) in enumerate(zip(units, item_errors, strict=True)):
+            if steps <= room:
+                sums[option, steps:] = smallest[: room + 1 - steps] + error
+        pick = sums.argmin(axis=0).astype(np.uint8)
+        smallest = np.take_along_axis(sums, pick[None].astype(np.intp), axis=0)[0]
+        spent.append(units)
+        picks.append(pick)
+    place, chosen = room, []
+    for units, pick in zip(reversed(spent), reversed(picks), strict=True):
+        chosen.append(int(pick[place]))
+        place -= units[chosen[-1]]
+    return chosen[::-1]
+
+
+def check_budget(
+    module: nn.Module, selection: Selection, config: QuantizationConfig, dtype: torch.dtype | None
+) -> None:
+    """Raise before anything runs if ``average_bits`` cannot be reached even by layers without input transforms.
+
+    What the error names then leaves room for them. The budget is checked exactly once they are known.
+    """
+    names = [(name, False) for name in selection.quantized] + [(name, True) for name in selection.weight_only]
+    predicted = {name: dict.fromkeys(options(is_weight_only), 0.0) for name, is_weight_only in names}
+
+    def choose(has_transform: bool) -> None:
+        def layout(name: str, has_transform: bool) -> LinearFormat:
+            layer = module.get_submodule(name)
+            return LinearFormat(
+                layer.in_features, layer.out_features, 8, 16, table_rows=0,
+                has_bias=layer.bias is not None or has_transform, has_original_bias=layer.bias is not None,
+                has_offset=has_transform, has_scale=has_transform,
+            )  # fmt: skip
+
+        kept = {name: layout(name, False) for name in layers_stored_at_8_bits(module, selection, config)}
+        choose_bits(module, {name: layout(name, has_transform) for name in predicted}, predicted, kept, config, dtype)
+
+    try:
+        choose(has_transform=False)
+    except ConfigError:
+        choose(has_transform=True)

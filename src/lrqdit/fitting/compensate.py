@@ -1,0 +1,183 @@
+"""Rounding that compensates its own error: GPTQ on the levels of any codebook.
+
+With S = E[x~^T x~] the second moment of a layer's transformed input and x~q = c x~ + e what its quantized tokens really
+are (c the gain of rounding and clipping, e noise of variance s^2 in every channel, both measured), the expected squared
+output error of weights V that stand for W~ is, up to a constant and relative to the unbiased target,
+
+    tr (V - W~) H (V - W~)^T,        H = c^2 S + s^2 I + lambda mean(diag S) I,
+
+so coarse activations damp the Hessian by themselves. W~ is rounded column by column, each column's error spread over
+the columns still to come (GPTQ, arXiv 2210.17323: the optimal brain surgeon's update), in descending order of diag(H).
+Then each row's scale is set so that the rounded row is as long as the exact one along it in the metric H: rounding to
+centroids shrinks every row a little, and what all layers lose at every step adds up in the picture.
+
+S comes from all calibration tokens, at a cost that does not depend on their number; half of it is replaced by the
+moment that weighs tokens by what they do to the model's output (:mod:`lrqdit.calibration.moments`), at the same trace.
+The tokens of prompts that were held out decide, per layer, between this and plain rounding.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrqdit.calibration.statistics import ActivationStats
+from lrqdit.numerics.codebook import Codebook
+from lrqdit.numerics.rotation import single_thread
+from lrqdit.numerics.tokens import InputTransform, dequantize_tokens, quantize_tokens
+
+COLUMNS_PER_BLOCK = 128
+MAX_FACTORED = 5120
+OUTPUT_SHARE = 0.5  # of the moment that weighs tokens by what they do to the output: it is the better one, but noisy
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """What the rounding of every layer of a group needs to know about their common input.
+
+    Args:
+        hessian: H, float64 (in_features, in_features), its mean diagonal 1.
+        upper: the upper Cholesky factor of H^-1 with columns in ``order``, float32.
+        order: int64 (in_features,), columns by descending diag(H).
+        exact, seen: held-out tokens after the transform, float32 (count, in_features), before and after rounding.
+    """
+
+    hessian: Tensor
+    upper: Tensor
+    order: Tensor
+    exact: Tensor
+    seen: Tensor
+
+
+def measure_curvature(
+    transform: InputTransform, stats: ActivationStats, activation_bits: int, damping: float
+) -> Curvature | None:
+    """The curvature of layers behind a transform; None if ``stats`` has no second moment, or nothing varies.
+
+    Args:
+        transform: of the layers' input, its clip included.
+        stats: of the raw input.
+        activation_bits: 16 leaves the transformed tokens as they are.
+        damping: lambda, relative to the mean variance of a transformed channel.
+    """
+    assert stats.tokens is not None
+    offset = torch.zeros(transform.in_features) if transform.input_offset is None else transform.input_offset
+    moment = stats.second_moment(offset)
+    if moment is None:
+        return None
+    weighted = stats.output_moment(offset)
+    if weighted is not None and float(weighted.trace()) > 0:
+        moment.lerp_(weighted * (moment.trace() / weighted.trace()), OUTPUT_SHARE)
+    exact = transform.apply(stats.tokens)
+    seen = exact
+    if activation_bits < 16:
+        seen = dequantize_tokens(*quantize_tokens(exact, activation_bits, transform.clip, transform.levels))
+    with single_thread():
+        hessian = transform_moment(moment.float(), transform)
+        energy, product = float(exact.double().square().sum()), float((exact.double() * seen.double()).sum())
+        gain = product / energy if energy > 0 else 1.0
+        noise = float((seen.double() - gain * exact.double()).square().mean())
+        variance = float(hessian.diagonal().mean())
+        if not variance > 0:
+            return None
+        hessian.mul_(gain**2).diagonal().add_(noise + damping * variance)
+        hessian /= hessian.diagonal().mean()
+        order, upper = factorize(hessian)
+    return Curvature(hessian, upper, order, exact, seen)
+
+
+def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns by descending diag(H), int64, and the upper Cholesky factor of H^-1 in that order, float32.
+
+    Wide layers are cut into even parts of up to MAX_FACTORED columns, H taken as block-diagonal: the work grows with
+    the cube of the width, and errors are made up for inside a part only.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    width = len(hessian)
+    parts = order.tensor_split(-(-width // MAX_FACTORED))
+    upper, start = torch.zeros(width, width), 0
+    for columns in parts:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[columns][:, columns]))
+        stop = start + len(columns)
+        upper[start:stop, start:stop] = torch.linalg.cholesky(inverse, upper=True).float()
+        start = stop
+    return order, upper
+
+
+def damp_moment(moment: Tensor, damping: float) -> Tensor:
+    """moment + damping * mean(diag) * I, float64, its mean diagonal 1; that of a constant input is I."""
+    moment = moment.double()
+    variance = float(moment.diagonal().mean())
+    if not variance > 0:
+        return torch.eye(len(moment), dtype=torch.float64)
+    moment = moment / variance
+    moment.diagonal().add_(damping)
+    return moment / (1 + damping)
+
+
+def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
+    """E[x~^T x~] of E[(x - mu)^T (x - mu)], float64 and symmetric: (D M D) rotated on both sides."""
+    directions = None if transform.principal is None else transform.principal.values
+    for _ in range(2):
+        if transform.input_scale is not None:
+            moment = moment * transform.input_scale.float()
+        if directions is not None:
+            moment = moment - (moment @ directions.T) @ directions
+        moment = transform.rotation.apply_without_signs(moment).T
+    return moment.double().add_(moment.T.double()).div_(2)
+
+
+def round_weight(weight: Tensor, levels: Codebook, curvature: Curvature) -> tuple[Codebook, Tensor, dict[str, float]]:
+    """Round a folded weight, plainly and with compensation, and keep what does better on held-out tokens.
+
+    Args:
+        weight: W~, float32 (out_features, in_features), already folded.
+        levels: fitted to it.
+        curvature: of its input.
+
+    Returns:
+        The levels, perhaps with other row scales; codes uint8 (out_features, in_features); and by way of rounding
+        (``nearest``, ``gptq``) the squared output error on held-out tokens relative to plain rounding's.
+    """
+    results = {"nearest": (levels, levels.encode(weight))}
+    with single_thread():
+        codes = compensate(weight, levels, curvature)
+        results["gptq"] = (_rescale(weight, levels, codes, curvature.hessian), codes)
+        target = F.linear(curvature.exact, weight)
+        squared = {
+            kind: float((F.linear(curvature.seen, book.decode(c)) - target).double().square().sum())
+            for kind, (book, c) in results.items()
+        }
+    best = min(squared, key=lambda kind: squared[kind])
+    plain = squared["nearest"] or 1.0
+    return *results[best], {kind: error / plain for kind, error in squared.items()}
+
+
+def compensate(weight: Tensor, levels: Codebook, curvature: Curvature) -> Tensor:
+    """GPTQ: codes uint8 of weight (out_features, in_features), the error update in blocks of columns."""
+    order, upper = curvature.order, curvature.upper
+    left = weight[:, order]
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    width = weight.shape[1]
+    for start in range(0, width, COLUMNS_PER_BLOCK):
+        stop = min(start + COLUMNS_PER_BLOCK, width)
+        errors = torch.empty(len(weight), stop - start)
+        for column in range(start, stop):
+            current = left[:, column : column + 1]
+            code = levels.encode(current)
+            error = (current - levels.decode(code)) / upper[column, column]
+            left[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
+            codes[:, order[column]] = code[:, 0]
+            errors[:, column - start] = error[:, 0]
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes
+
+
+def _rescale(weight: Tensor, levels: Codebook, codes: Tensor, hessian: Tensor) -> Codebook:
+    """Levels with row scales s such that the rounded row v has <w, v> = <w, w> in the metric H."""
+    image = weight.double() @ hessian
+    length = (image * weight.double()).sum(dim=1)
+    reached = (image * levels.decode(codes).double()).sum(dim=1)
+    ratio = torch.where((reached > 0) & (length > 0), length / torch.where(reached > 0, reached, 1), 1)
+    return dataclasses.replace(levels, row_scale=(levels.row_scale.double() * ratio).float())

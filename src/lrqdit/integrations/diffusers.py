@@ -1,0 +1,243 @@
+"""lrqdit as a quantization backend of diffusers, registered when the package is imported.
+
+``from_pretrained`` then reads folders that ``save_pretrained`` wrote, and quantizes on load without calibration::
+
+    import lrqdit
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+
+    DiffusionPipeline.from_pretrained("quantized-folder")
+    DiffusionPipeline.from_pretrained(
+        "any-folder",
+        quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": lrqdit.LRQDiTConfig("w4a8")}),
+    )
+"""
+
+import copy
+import enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from lrqdit.config import QuantizationConfig
+from lrqdit.errors import CheckpointError, ConfigError, ModelError
+from lrqdit.fitting.layer import keep_at_8_bits, quantize_linear
+from lrqdit.fitting.transform import data_free_transform
+from lrqdit.models.registry import layers_stored_at_8_bits, select_layers
+from lrqdit.packed import checkpoint
+from lrqdit.packed.files import check_safetensors
+from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, check_version
+from lrqdit.packed.linear import QuantLinear
+
+
+class QuantizationMethod(str, enum.Enum):
+    """What diffusers asks for as ``quant_method``."""
+
+    LRQDIT = FORMAT_NAME
+
+
+class LRQDiTConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of diffusers for this backend.
+
+    Args:
+        preset: such as ``"w4a8"``, for quantization on load; together with settings as keywords
+            (``mode="paper"``, ``seed=1``, ...; see :class:`lrqdit.QuantizationConfig`).
+        settings, layers, format_version, quant_method: as read from a ``config.json``; not for users.
+    """
+
+    def __init__(
+        self,
+        preset: str | None = None,
+        *,
+        settings: dict[str, Any] | None = None,
+        layers: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = FORMAT_NAME,
+        **changes: Any,
+    ) -> None:
+        if (preset is None) == (settings is None):
+            raise ConfigError("LRQDiTConfig: pass a preset such as 'w4a8', and settings as keywords beside it")
+        check_version(format_version)
+        if quant_method != FORMAT_NAME:
+            raise ConfigError(f"quant_method={quant_method!r} is not {FORMAT_NAME!r}")
+        if not isinstance(settings or {}, dict) or not isinstance(layers or {}, dict):
+            raise CheckpointError(
+                "quantization_config: settings and layers must be JSON objects; copy the folder again"
+            )
+        if settings is not None and changes:
+            raise CheckpointError(f"quantization_config has unknown keys: {', '.join(sorted(changes))}")
+        config = (
+            QuantizationConfig.from_name(preset, **changes) if preset else QuantizationConfig.from_dict(settings or {})
+        )
+        if preset is not None and config.average_bits is not None:
+            raise ConfigError(
+                "LRQDiTConfig: average_bits needs calibration; load the pipeline and call lrqdit.quantize"
+            )
+        self.quant_method = QuantizationMethod.LRQDIT
+        self.format_version = format_version
+        self.settings = config.to_dict()
+        self.layers = layers or {}
+
+    @property
+    def quantization(self) -> QuantizationConfig:
+        return QuantizationConfig.from_dict(self.settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe values."""
+        values = copy.deepcopy(self.__dict__)
+        return {**values, "quant_method": FORMAT_NAME}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class LRQDiTQuantizer(DiffusersQuantizer):
+    """Loads packed layers as they are; quantizes float layers one by one as diffusers reads them."""
+
+    requires_calibration = False
+    use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: LRQDiTConfig, **kwargs: Any) -> None:
+        # a copy: the layers are recorded in it, and a user may load two models with one configuration
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.config = quantization_config.quantization
+        if self.pre_quantized and not quantization_config.layers:
+            raise CheckpointError("the checkpoint's quantization_config lists no layers; copy the folder again")
+        self._dtype: torch.dtype | None = None
+        self._pending: dict[str, str] = {}
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        return self.pre_quantized
+
+    def get_cuda_warm_up_factor(self) -> int:
+        return 16 // self.config.weight_bits
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        self._dtype = torch_dtype
+        return torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._header = {}
+        for file in checkpoint_files:
+            if str(file).endswith(".safetensors"):
+                self._header |= check_safetensors(Path(file))
+            elif self.pre_quantized:
+                raise CheckpointError(
+                    f"{file} is not a safetensors file; lrqdit reads its weights from no other format"
+                )
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            with torch.device("meta"):
+                checkpoint.allocate_layers(model, self.quantization_config.layers, torch.float32, "meta")
+            for layer in model.modules():
+                if isinstance(layer, QuantLinear):  # what no file holds is real from the start
+                    for name in layer._non_persistent_buffers_set:
+                        layer._buffers[name] = torch.zeros_like(layer._buffers[name], device="cpu")
+            checkpoint.check_dtypes(model, self._header)
+            missing = sorted(set(model.state_dict()) - set(self._header))
+            if missing:
+                raise CheckpointError(
+                    f"the checkpoint of {type(model).__name__} lacks {len(missing)} tensors, the first is {missing[0]}"
+                    "; it is incomplete or belongs to another model"
+                )
+            return
+        selection = select_layers(model, self.config.exclude)
+        kept = layers_stored_at_8_bits(model, selection, self.config)
+        self._pending = {name: "quantized" for name in selection.quantized}
+        self._pending |= {name: "weight_only" for name in selection.weight_only}
+        self._pending |= {name: "kept" for name in kept}
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        owner, _, leaf = param_name.rpartition(".")
+        return owner in self._pending and leaf in ("weight", "bias")
+
+    def create_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Hold a layer's parts until all have come, then replace it by its quantized form."""
+        owner, _, leaf = param_name.rpartition(".")
+        layer = model.get_submodule(owner)
+        # diffusers has cast param_value to the model's dtype; the state dict still has the original
+        original = state_dict.get(param_name, param_value)
+        setattr(layer, leaf, nn.Parameter(original.detach(), requires_grad=False))
+        if layer.weight.is_meta or (layer.bias is not None and layer.bias.is_meta):
+            return
+        treatment, config = self._pending.pop(owner), self.config
+        if treatment == "kept":
+            quantized = keep_at_8_bits(owner, layer, config)
+        else:
+            activation_bits = config.activation_bits if treatment == "quantized" else 16
+            weight_bits = config.weight_bits if treatment == "quantized" else max(4, config.weight_bits)
+            transform = data_free_transform(layer.in_features, config, activation_bits)
+            quantized = quantize_linear(
+                owner, layer.weight, layer.bias, transform, config, weight_bits, activation_bits, param_value.dtype
+            )
+        model.set_submodule(owner, quantized.to(target_device))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._pending:
+            raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._pending))}; copy it again")
+        checkpoint.finish_layers(model)
+        if self._dtype is None:
+            self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        for layer in model.modules():
+            if isinstance(layer, QuantLinear):
+                layer._dtype_marker = torch.empty(0, dtype=self._dtype, device=layer.packed.device)
+        attach(model, self.config, self)
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, QuantLinear):
+                model.set_submodule(name, layer.to_linear())
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if "quantization" not in k})
+        model.quantization_method = None
+        return model
+
+
+def attach(model: nn.Module, config: QuantizationConfig, quantizer: LRQDiTQuantizer | None = None) -> None:
+    """Leave on a quantized diffusers model what its ``save_pretrained`` reads."""
+    values = checkpoint.format_config(model, config.to_dict())
+    if quantizer is None:
+        quantizer = LRQDiTQuantizer(LRQDiTConfig(**values))
+    quantizer.quantization_config.layers = values["layers"]
+    model.hf_quantizer = quantizer
+    model.quantization_method = QuantizationMethod.LRQDIT
+    # diffusers forbids .to(dtype), .half() and .float() on a model with is_quantized; integer buffers survive them
+    model.is_quantized = False
+    model.register_to_config(quantization_config=quantizer.quantization_config)
+
+
+def check_not_quantized(model: nn.Module, name: str) -> None:
+    """Raise if a model has quantized layers, ours or another backend's."""
+    if any(isinstance(layer, QuantLinear) for layer in model.modules()):
+        raise ModelError(f"{name} is quantized already; load the original model and quantize that")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(f"{name} is quantized by another backend; load the original model and quantize that")
+
+
+AUTO_QUANTIZER_MAPPING[FORMAT_NAME] = LRQDiTQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[FORMAT_NAME] = LRQDiTConfig

@@ -1,0 +1,1 @@
+"""Which layers of which architecture are quantized, and how its pipeline is run."""

@@ -1,0 +1,1 @@
+"""What the numbers are: levels, rotations, token quantization, packed tiles."""

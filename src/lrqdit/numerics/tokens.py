@@ -1,0 +1,165 @@
+"""The input side of a quantized linear layer: centre, smooth, rotate, then quantize token by token.
+
+With mu the channel mean, m the smoothing vector and R the rotation, a layer's input becomes
+
+    x~ = ((x - mu) * m) R        and its weight        W~ = (W / m) R,
+
+so that x~ W~^T + (b + W mu) = x W^T + b exactly. The random signs D of R = D H multiply m: the stored vector
+``input_scale`` is m * D and R continues as the plain H. Each token of x~ is quantized symmetrically with the step
+
+    delta = clip * max|x~| / (2^(bits-1) - 1),    codes clamped to [-2^(bits-1), 2^(bits-1) - 1].
+
+After a rotation tokens are close to Gaussian, and sixteen levels are better spent unevenly: with ``normal`` levels a
+4-bit token is rounded on the 8-bit grid and then to the nearest of NORMAL_LEVELS, the Lloyd-Max levels of a Gaussian
+(Max 1960) as int8, which are its codes. The product is of int8 anyway, so they cost nothing there.
+
+Smoothing: m_j = w_j^alpha / a_j^(1-alpha), a_j = max |x_j - mu_j|, w_j = max_i |W_ij| (SmoothQuant, arXiv 2211.10438,
+with the exponent's meaning of ViDiT-Q, arXiv 2406.02540), normalized to geometric mean 1 (a common factor cancels in
+the per-token and per-row scales) and stored in float16; the rounded vector is the one that is folded, so nothing is
+lost.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrqdit.numerics.principal import LowRank, outlet
+from lrqdit.numerics.rotation import Rotation
+
+TOKEN_LEVELS = ("uniform", "normal")
+NORMAL_LEVELS = (6, 18, 31, 44, 58, 75, 96, 127)  # of either sign; 0.1284 ... 2.7326 sigma, the largest 127
+SMOOTHING_RANGE = 1024.0
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """What a layer, or several layers that read the same tensor, do to their input before it is quantized.
+
+    Args:
+        rotation: the rotation without its signs.
+        input_offset: float16 (in_features,), the channel means mu, or None.
+        input_scale: float16 (in_features,), smoothing times the rotation's signs, or None.
+        clip: ratio of the per-token absmax that maps to the largest code.
+        levels: one of TOKEN_LEVELS; ``normal`` is for 4 bits.
+        principal: directions of the centred and smoothed input that stay unquantized, :mod:`lrqdit.numerics.principal`.
+    """
+
+    rotation: Rotation
+    input_offset: Tensor | None
+    input_scale: Tensor | None
+    clip: float = 1.0
+    levels: str = "uniform"
+    principal: LowRank | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.rotation.in_features
+
+    def apply(self, x: Tensor, work: Tensor | None = None) -> Tensor:
+        """x (..., in_features), any float dtype -> x~ float32, without its principal part.
+
+        The result is new memory, or part of ``work``, float32 (2, *x.shape), if that is given.
+        """
+        x = self.smooth(x, None if work is None else work[0])
+        if self.principal is not None:
+            u = self.principal.values
+            x = x - (x @ u.T) @ u
+        return self.rotation.apply_without_signs(x, None if work is None else work[1])
+
+    def smooth(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(x - mu) * m, float32, of x (..., in_features), in ``out`` or in new memory."""
+        x = x.to(torch.float32, copy=True) if out is None else out.copy_(x)
+        if self.input_offset is not None:
+            x -= self.input_offset.float()
+        if self.input_scale is not None:
+            x *= self.input_scale.float()
+        return x
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W (out_features, in_features) -> W~ = (W / m) R, float32, without what acts on the principal part."""
+        weight = self.unsmooth(weight)
+        if self.principal is not None:
+            weight = weight - outlet(weight, self.principal).T @ self.principal.values
+        return self.rotation.apply_without_signs(weight)
+
+    def unsmooth(self, weight: Tensor) -> Tensor:
+        """W / m, float32."""
+        return weight.float() if self.input_scale is None else weight.float() / self.input_scale.float()
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        """Inverse of :meth:`fold`: a weight of the rotated basis in the original one."""
+        weight = self.rotation.apply_transpose(weight)
+        return weight if self.input_scale is None else weight * self.input_scale.float()
+
+
+@functools.cache
+def normal_lookup() -> Tensor:
+    """int8 (256,): the level for every 8-bit code, at code + 128; of two equally near ones the larger in magnitude."""
+    with torch.inference_mode(False):
+        levels = torch.tensor(NORMAL_LEVELS)
+        codes = torch.arange(-128, 128)
+        nearest = levels[torch.searchsorted(levels[1:] + levels[:-1], 2 * codes.abs(), right=True)]
+        return torch.where(codes < 0, -nearest, nearest).to(torch.int8)
+
+
+@functools.cache
+def _normal_pairs() -> Tensor:
+    """int16 (65536,): two neighbouring levels, at two neighbouring 8-bit codes read as one uint16."""
+    with torch.inference_mode(False):
+        of_byte = normal_lookup().roll(-128)
+        return torch.cartesian_prod(of_byte, of_byte).flip(1).contiguous().view(torch.int16).flatten()
+
+
+def quantize_tokens(x: Tensor, bits: int, clip: float = 1.0, levels: str = "uniform") -> tuple[Tensor, Tensor]:
+    """Dynamic symmetric quantization, one step per token.
+
+    Args:
+        x: float32 (tokens, channels), already transformed.
+        bits: 4, 6 or 8.
+        clip: ratio of the absmax that maps to the largest code.
+        levels: one of TOKEN_LEVELS.
+
+    Returns:
+        Codes int8 (tokens, channels) and steps float32 (tokens,); a token of zeros gets step 0.
+    """
+    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1])
+    quantize_into(codes, scale, x.clone(), bits, clip, levels)
+    return codes, scale
+
+
+def quantize_into(codes: Tensor, scale: Tensor, x: Tensor, bits: int, clip: float, levels: str) -> None:
+    """:func:`quantize_tokens` into contiguous ``codes`` and ``scale``; x is overwritten."""
+    largest = 127.0 if levels == "normal" else float(2 ** (bits - 1) - 1)
+    torch.maximum(x.amax(dim=-1), -x.amin(dim=-1), out=scale).mul_(clip / largest)
+    inverse = torch.where(scale > torch.finfo(torch.float32).tiny, 1.0 / scale, torch.zeros_like(scale))
+    codes.copy_(x.mul_(inverse[..., None]).round_().clamp_(-largest - 1, largest))
+    if levels == "normal":
+        _round_to_normal(codes)
+
+
+def _round_to_normal(codes: Tensor) -> None:
+    """8-bit codes (tokens, channels) -> the nearest of NORMAL_LEVELS, in place."""
+    if codes.shape[1] % 2 or codes.device.type != "cpu":
+        codes.copy_(normal_lookup().to(codes.device).expand(len(codes), -1).gather(1, codes.long() + 128))
+    else:  # two by two: half as many look-ups, and an index is four times as long as its codes, not eight
+        index = codes.view(torch.uint16).long()
+        torch.gather(_normal_pairs().expand(len(codes), -1), 1, index, out=codes.view(torch.int16))
+
+
+def dequantize_tokens(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (tokens, channels) int8 and steps (tokens,) -> float32 (tokens, channels)."""
+    return codes.float() * scale[..., None]
+
+
+def smoothing_vector(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
+    """m_j = w_j^alpha / a_j^(1-alpha), float16 (in_features,), geometric mean 1; 1 where w_j or a_j is 0."""
+    a, w = activation_absmax.double(), weight_absmax.double()
+    is_alive = (a > 0) & (w > 0)
+    if not bool(is_alive.any()):
+        return torch.ones_like(a, dtype=torch.float16)
+    log = torch.where(is_alive, alpha * w.log() - (1 - alpha) * a.log(), torch.zeros_like(a))
+    log = torch.where(is_alive, log - log[is_alive].mean(), log)
+    return log.exp().clamp(1 / SMOOTHING_RANGE, SMOOTHING_RANGE).to(torch.float16)

@@ -1,0 +1,134 @@
+"""Files: the version that is written, the checks before anything is read, and the folder that lets a run resume.
+
+A quantized diffusers model is an ordinary diffusers folder whose ``config.json`` has a ``quantization_config``; any
+other torch module is one ``model.safetensors`` beside a ``config.json`` of the same content. docs/FORMAT.md has every
+byte.
+Only safetensors and JSON are ever read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lrqdit.errors import CheckpointError
+from lrqdit.kernels import cpu_attention as attention
+from lrqdit.packed.files import CONFIG_FILE, DTYPES, WEIGHT_FILE, check_safetensors, read_json, write_atomically
+from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, LinearFormat, check_version
+from lrqdit.packed.linear import QuantLinear
+
+
+def format_config(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` of a quantized module: name, version, settings, and each layer's format."""
+    layers = {name: m.format.to_dict() for name, m in module.named_modules() if isinstance(m, QuantLinear)}
+    return {
+        "quant_method": FORMAT_NAME, "format_version": FORMAT_VERSION, "settings": dict(settings), "layers": layers,
+    }  # fmt: skip
+
+
+def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype: torch.dtype, device: Any) -> None:
+    """Replace the named linear layers by empty quantized ones, ready for ``load_state_dict``.
+
+    Raises:
+        CheckpointError: if a name or a shape does not fit the module: a checkpoint of another model.
+    """
+    formats = {name: LinearFormat.from_dict(values) for name, values in layers.items()}
+    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layout in formats.items():
+        layer = linear.get(name)
+        found = None if layer is None else (layer.out_features, layer.in_features)
+        if found != (layout.out_features, layout.in_features):
+            raise CheckpointError(
+                f"the checkpoint quantizes {name} as {layout.out_features} x {layout.in_features}, but this "
+                f"{type(module).__name__} has {'no such layer' if found is None else f'{found[0]} x {found[1]} there'}"
+                "; it belongs to another model"
+            )
+        if layout.input_from is not None and not _is_same_input(layout, formats.get(layout.input_from)):
+            raise CheckpointError(
+                f"{name} shares the input of {layout.input_from}, which is not quantized or has another input transform"
+            )
+        module.set_submodule(name, QuantLinear(layout, dtype, device))
+
+
+def _is_same_input(layout: LinearFormat, owner: LinearFormat | None) -> bool:
+    names = "in_features", "activation_bits", "rotation", "factors", "clip", "token_levels", "has_offset", "has_scale"
+    return (
+        owner is not None and owner.input_from is None and all(getattr(owner, n) == getattr(layout, n) for n in names)
+    )
+
+
+def finish_layers(module: nn.Module) -> None:
+    """Make a module whose quantized layers are filled ready to run: layers that share an input get the owner's
+    transform, and attention on the CPU becomes ours."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantLinear)}
+    for layer in layers.values():
+        if layer.format.input_from is not None:
+            layer.share_input(layers[layer.format.input_from])
+    attention.start()
+
+
+def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
+    """Write a quantized module that is not a diffusers model: ``model.safetensors`` and ``config.json``.
+
+    Args:
+        module: it must have quantized layers.
+        folder: created if missing; files appear in it only when complete.
+        settings: recorded beside the layers; by default those that :func:`lrqdit.quantize` left on the module.
+    """
+    folder = Path(folder)
+    settings = settings if settings is not None else getattr(module, "lrqdit_settings", {})
+    config = format_config(module, settings)
+    if not config["layers"]:
+        raise CheckpointError(f"{type(module).__name__} has no quantized layer to save; call lrqdit.quantize first")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, seen = {}, set()
+    for name, tensor in module.state_dict().items():
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory, such as tied weights
+        tensors[name] = tensor.clone().contiguous() if storage in seen else tensor.contiguous()
+        seen.add(storage)
+    write_atomically(folder / WEIGHT_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=1, sort_keys=True)))
+
+
+def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
+    """Turn a freshly built original module into the quantized one saved by :func:`save_checkpoint`; returns it.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, of another version or of another model.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_FILE)
+    if config.get("quant_method") != FORMAT_NAME:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not a configuration written by lrqdit.save_checkpoint")
+    check_version(config.get("format_version"))
+    header = check_safetensors(folder / WEIGHT_FILE)
+    if not isinstance(config.get("layers"), dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE} lists no layers; copy it again")
+    parameter = next(module.parameters(), torch.empty(0))
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    allocate_layers(module, config["layers"], dtype, parameter.device)
+    check_dtypes(module, header)
+    try:
+        module.load_state_dict(load_file(folder / WEIGHT_FILE))
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHT_FILE} does not fit {type(module).__name__}: {error}") from error
+    finish_layers(module)
+    module.lrqdit_settings = config.get("settings", {})
+    return module
+
+
+def check_dtypes(module: nn.Module, header: dict[str, dict[str, Any]]) -> None:
+    """Raise if a tensor of a file would be cast on its way into the module: packed data must arrive bit for bit."""
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor) and name in header:
+            stored = DTYPES.get(header[name]["dtype"])
+            both_float = stored is not None and stored.is_floating_point and tensor.is_floating_point()
+            if stored != tensor.dtype and not both_float:
+                raise CheckpointError(
+                    f"{name} is stored as {header[name]['dtype']}, not as {tensor.dtype}; copy it again"
+                )

@@ -1,0 +1,35 @@
+"""Packed layers of random codes, for measurements of time and memory."""
+
+from typing import Any
+
+import torch
+
+from lrqdit.numerics import trellis
+from lrqdit.numerics.hadamard import kronecker_factors
+from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.linear import QuantLinear
+
+ROW_SCALE = 2.0**-11  # keeps the outputs of random layers of a few thousand inputs near their inputs' size
+
+
+def random_layer(
+    in_features: int, out_features: int, weight_bits: int, activation_bits: int, device: Any = None, **options: Any
+) -> QuantLinear:
+    """A packed layer of random codes with offset, scale and Hadamard rotation; options: other fields of its format."""
+    transform = {
+        "rotation": "hadamard", "factors": kronecker_factors(in_features), "has_offset": True, "has_scale": True,
+        "table_rows": 0 if weight_bits == 8 else 1, "is_trellis": weight_bits in trellis.BITS,
+    }  # fmt: skip
+    layout = LinearFormat(in_features, out_features, weight_bits, activation_bits, **{**transform, **options})
+    return fill_randomly(QuantLinear(layout, torch.bfloat16, device))
+
+
+def fill_randomly(layer: QuantLinear) -> QuantLinear:
+    """Random codes, evenly spaced levels, one row scale, no offset, no smoothing; on the meta device nothing."""
+    layer.packed.random_(0, 256)
+    for name, values in (("row_scale_bits", ROW_SCALE), ("input_scale_bits", 1.0)):
+        if (buffer := layer._buffers.get(name)) is not None:
+            buffer.view(torch.float16 if buffer.dtype == torch.int16 else torch.float32).fill_(values)
+    if (table := layer._buffers.get("table")) is not None:
+        table.copy_(torch.linspace(-127, 127, table.shape[1]).round())
+    return layer

@@ -1,0 +1,127 @@
+"""Files, checked before anything of them is read: JSON and the headers of safetensors. No torch."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrqdit.errors import CheckpointError
+from lrqdit.packed import checkpoint
+
+WEIGHT_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object, or raise :class:`CheckpointError` naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is the folder complete?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(values).__name__}, not an object")
+    return values
+
+
+def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
+    """Check a safetensors file's header, without reading tensors; returns dtype, shape and offsets by tensor name."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; copy the whole folder again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{path} is not a safetensors file or is truncated ({size} bytes); copy it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 0
+            for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+                start, stop = entry["data_offsets"]
+                if start != end or stop - start != math.prod(entry["shape"]) * _DTYPE_BYTES[entry["dtype"]]:
+                    raise ValueError(entry)
+                end = stop
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise CheckpointError(f"{path} has a damaged header; copy it again") from error
+    if size != 8 + length + end:
+        raise CheckpointError(f"{path} has {size} bytes but its header describes {8 + length + end}; copy it again")
+    return header
+
+
+def check_model_folder(folder: Path) -> list[str]:
+    """Check every weight file of a model folder; returns the tensor names (none if the folder has no safetensors)."""
+    names: list[str] = []
+    index_files = sorted(folder.glob("*.safetensors.index.json"))
+    for index_file in index_files:
+        weight_map = read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index_file} has no weight_map from tensors to files; copy it again")
+        for file_name in sorted(set(weight_map.values())):
+            if Path(file_name).name != file_name:
+                raise CheckpointError(
+                    f"{index_file} names {file_name!r}, which lies outside its folder; do not load it"
+                )
+            names += check_safetensors(folder / file_name)
+        missing = sorted(set(weight_map) - set(names))
+        if missing:
+            raise CheckpointError(f"{folder} lacks the tensor {missing[0]} that {index_file.name} lists; copy it again")
+    for path in [] if index_files else sorted(folder.glob("*.safetensors")):
+        names += check_safetensors(path)
+    return names
+
+
+def check_pipeline_folder(folder: str | Path) -> dict[str, Any]:
+    """Check that a folder is a complete diffusers pipeline; returns its ``model_index.json``.
+
+    Raises:
+        CheckpointError: if it is not a pipeline, a component is missing, or a weight file is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; pass a diffusers pipeline folder or a hub id")
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
+    index = read_json(folder / "model_index.json")
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[:1] in ([], [None]):
+            continue
+        part = folder / name
+        if Path(name).name != name or not part.is_dir():
+            raise CheckpointError(f"{folder} lists the component {name!r}, but has no such folder; copy it again")
+        check_model_folder(part)
+        if (part / CONFIG_FILE).exists():
+            read_json(part / CONFIG_FILE)
+    return index
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Write beside the final name, then rename: the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def tensor_headers(folder: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """Name, safetensors dtype and shape of every tensor in a model folder, read from the files' headers only."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        for name, entry in checkpoint.check_safetensors(path).items():
+            yield name, entry["dtype"], entry["shape"]

@@ -1,0 +1,78 @@
+"""Honest bits: everything a quantized model stores, divided by the number of its parameters."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Storage of a model in bits per original parameter.
+
+    Args:
+        parameters: parameters of the original model: every weight and bias, low-bit or kept.
+        size_bytes: bytes of the state dict, as a checkpoint stores it.
+        code_bits, side_bits, kept_bits: what packed codes (padding included), the quantized layers' tables, scales,
+            biases and input transforms, and everything outside quantized layers add to ``true_bits``.
+        low_bit_share: share of the parameters that lies in layers below 8 bits.
+    """
+
+    parameters: int
+    size_bytes: int
+    code_bits: float
+    side_bits: float
+    kept_bits: float
+    low_bit_share: float
+
+    @property
+    def true_bits(self) -> float:
+        """Average bits per parameter over the whole model."""
+        return 8 * self.size_bytes / self.parameters
+
+    def to_dict(self) -> dict[str, float]:
+        return {**asdict(self), "true_bits": self.true_bits}
+
+
+def measure_size(module: nn.Module) -> SizeReport:
+    """Count what ``module.state_dict()`` stores, quantized layers and all others together."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantLinear)}
+    parameters = low_bit = code_bytes = side_bytes = kept_bytes = 0
+    for layer in layers.values():
+        # a bias that only centring created is storage, not a parameter of the original
+        weights = layer.in_features * layer.out_features
+        parameters += weights + (layer.out_features if layer.format.has_original_bias else 0)
+        low_bit += weights if layer.format.weight_bits < 8 else 0
+    for key, tensor in module.state_dict().items():
+        owner, _, leaf = key.rpartition(".")
+        size = tensor.numel() * tensor.element_size()
+        if owner not in layers:
+            parameters += tensor.numel()
+            kept_bytes += size
+        elif leaf == "packed":
+            code_bytes += size
+        else:
+            side_bytes += size
+    parameters = max(1, parameters)
+    return SizeReport(
+        parameters=parameters,
+        size_bytes=code_bytes + side_bytes + kept_bytes,
+        code_bits=8 * code_bytes / parameters,
+        side_bits=8 * side_bytes / parameters,
+        kept_bits=8 * kept_bytes / parameters,
+        low_bit_share=low_bit / parameters,
+    )
+
+
+def layer_bytes(layout: LinearFormat) -> int:
+    """Bytes that a quantized layer of this format adds to a state dict."""
+    state = QuantLinear(layout, device="meta").state_dict()
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def weight_file_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files directly in a model folder."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
