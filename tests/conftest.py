@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrqdit.packed.format import LinearFormat
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before anything imports Triton
 
@@ -17,6 +19,12 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPip
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def linear_format(in_features: int, out_features: int, weight_bits: int, activation_bits: int, **rest) -> LinearFormat:
+    """The format of a layer, from its values side by side as a checkpoint has them."""
+    values = {"in_features": in_features, "out_features": out_features, "weight_bits": weight_bits}
+    return LinearFormat.from_dict({**values, "activation_bits": activation_bits, **rest})
 
 
 def build_tiny_pipeline(seed: int = 0) -> PixArtAlphaPipeline:

@@ -216,7 +216,7 @@ def test_quantize_errors(tiny_pipeline_folder, quantized, prompts, tmp_path):
     assert "matches no linear layer" in quantize("--exclude", "no_such_layer", "--prompts", prompts)
     assert "not a regular expression" in quantize("--exclude", "(", "--prompts", prompts)
     assert "is not key=value" in quantize("--set", "colour=red")
-    assert "is not a bool" in quantize("--set", "is_clipped=perhaps")
+    assert "is not true or false" in quantize("--set", "is_clipped=perhaps")
     assert "is not a float" in quantize("--set", "smoothing_alpha=much")
     assert "dtype='int8'" in quantize("--dtype", "int8")
     assert "is not a device" in quantize("--device", "abacus")

@@ -44,7 +44,7 @@ def test_report_is_the_measured_error():
     assert report.error == pytest.approx(varying_error(layer, x, weight) ** 2, rel=1e-3)
     assert set(report.candidates) >= {"none", "hadamard", "none+smoothing", "hadamard+smoothing"}
     assert report.gain == pytest.approx(report.candidates["none"] / report.error)
-    assert layer.format.clip == report.clip < 1
+    assert layer.format.input.clip == report.clip < 1
     assert report.rms == pytest.approx(float(x.square().mean().sqrt()), rel=1e-5)
 
 
@@ -57,7 +57,7 @@ def test_the_best_candidate_is_chosen():
     assert report.error < 0.3 * report.candidates["none"]
     cheap = min(error for kind, error in report.candidates.items() if "outlier" not in kind)
     assert report.error <= cheap
-    assert layer.format.rotation == report.rotation and layer.format.has_scale
+    assert layer.format.input.rotation == report.rotation and layer.format.input.has_scale
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_best_candidate_is_chosen():
 )  # fmt: skip
 def test_rotation_policies(policy, scale, expected):
     layer, report = fit(random(24, 48, seed=1), scale * random(64, 48), rotation=policy, smoothing="never")
-    assert layer.format.rotation == report.rotation == expected and list(report.candidates) == [expected]
+    assert layer.format.input.rotation == report.rotation == expected and list(report.candidates) == [expected]
 
 
 def test_rotation_that_does_not_fit():
@@ -127,13 +127,13 @@ def test_clip():
 def test_token_levels():
     x, weight = random(400, 96), random(24, 96, seed=1)
     layer, _ = fit(weight, x, preset="w4a4", **FAST)
-    assert layer.format.token_levels == layer.input_transform.levels == "normal"
-    assert fit(weight, x, preset="w4a4", token_levels="uniform", **FAST)[0].format.token_levels == "uniform"
-    assert fit(weight, x, preset="w4a8", **FAST)[0].format.token_levels == "uniform"
+    assert layer.format.input.token_levels == layer.input_transform.levels == "normal"
+    assert fit(weight, x, preset="w4a4", token_levels="uniform", **FAST)[0].format.input.token_levels == "uniform"
+    assert fit(weight, x, preset="w4a8", **FAST)[0].format.input.token_levels == "uniform"
     coarse = torch.randint(-7, 8, (400, 96)).float()  # on a uniform grid already
     coarse[:, 0] = 7
     plain = {**FAST, "rotation": "none", "is_centred": False}
-    assert fit(weight, coarse, preset="w4a4", **plain)[0].format.token_levels == "uniform"
+    assert fit(weight, coarse, preset="w4a4", **plain)[0].format.input.token_levels == "uniform"
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(7, 13), random(7, 13).abs(), -random(7, 13).abs()])
@@ -243,7 +243,7 @@ def test_seed_changes_the_signs():
 def test_keep_at_8_bits():
     layer, x = nn.Linear(48, 24), random(9, 48)
     kept = keep_at_8_bits("proj_out", layer, QuantizationConfig())
-    assert (kept.format.weight_bits, kept.format.activation_bits, kept.format.rotation) == (8, 16, "none")
+    assert (kept.format.weight_bits, kept.format.input.activation_bits, kept.format.input.rotation) == (8, 16, "none")
     y = layer(x)
     assert (kept(x) - y).norm() < 0.01 * y.norm()
     assert kept.format.table_rows == 0 and rotation.ROTATIONS

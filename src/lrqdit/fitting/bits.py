@@ -23,11 +23,9 @@ from lrqdit.calibration.steps import Step
 from lrqdit.config import WEIGHT_BITS, QuantizationConfig
 from lrqdit.errors import ConfigError, NumericalError
 from lrqdit.models.registry import Selection, layers_stored_at_8_bits
-from lrqdit.numerics import trellis
 from lrqdit.numerics.rotation import single_thread
-from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.format import InputFormat, LinearFormat
 from lrqdit.packed.linear import QuantLinear
-from lrqdit.packed.size import layer_bytes
 
 # A layer's error by weight bits. A bit counts four; from 3 to 2 bits the late steps show 4.8 (the median), and
 # cross-attention's queries and keys lose at earlier steps what they do not show. 5 and 6 bits were measured on Gaussian
@@ -126,15 +124,19 @@ def choose_bits(
     Raises:
         ConfigError: if the budget is below what the smallest widths take; it names that.
     """
-    costs = {
-        name: [layer_bytes(_at_bits(layout, bits, config)) for bits in predicted[name]]
-        for name, layout in formats.items()
-    }
+
+    def at_bits(layout: LinearFormat, bits: int) -> LinearFormat:
+        return layout.at_bits(bits, config.has_trellis, config.table_scope == "row")
+
+    def without_principal(layout: LinearFormat) -> LinearFormat:
+        return dataclasses.replace(layout, input=dataclasses.replace(layout.input, principal_rank=0))
+
+    costs = {name: [at_bits(layout, bits).size_bytes for bits in predicted[name]] for name, layout in formats.items()}
     smallest = sum(min(values) for values in costs.values())
     if config.average_bits is None:
-        plain = sum(layer_bytes(dataclasses.replace(layout, principal_rank=0)) for layout in formats.values())
+        plain = sum(without_principal(layout).size_bytes for layout in formats.values())
         return _pick(costs, predicted, max(plain, smallest))
-    parameters, others = 0, sum(layer_bytes(layout) for layout in kept.values())
+    parameters, others = 0, sum(layout.size_bytes for layout in kept.values())
     for key, tensor in module.state_dict().items():
         parameters += tensor.numel()
         if key.rpartition(".")[0] not in formats.keys() | kept.keys():
@@ -155,12 +157,6 @@ def _pick(costs: Mapping[str, list[int]], predicted: Mapping[str, Mapping[int, f
     widths = [list(predicted[name]) for name in costs]
     picks = choose_options(list(costs.values()), [list(predicted[name].values()) for name in costs], budget)
     return {name: bits[pick] for name, bits, pick in zip(costs, widths, picks, strict=True)}
-
-
-def _at_bits(layout: LinearFormat, bits: int, config: QuantizationConfig) -> LinearFormat:
-    rows = 0 if bits == 8 else layout.out_features if config.table_scope == "row" else 1
-    is_trellis = config.has_trellis and bits in trellis.BITS
-    return dataclasses.replace(layout, weight_bits=bits, table_rows=rows, is_trellis=is_trellis)
 
 
 UNITS = 1 << 17
@@ -222,10 +218,11 @@ def check_budget(
     def choose(has_transform: bool) -> None:
         def layout(name: str, has_transform: bool) -> LinearFormat:
             layer = module.get_submodule(name)
+            shared = InputFormat(layer.in_features, 16, has_offset=has_transform, has_scale=has_transform)
+            has_bias = layer.bias is not None
             return LinearFormat(
-                layer.in_features, layer.out_features, 8, 16, table_rows=0,
-                has_bias=layer.bias is not None or has_transform, has_original_bias=layer.bias is not None,
-                has_offset=has_transform, has_scale=has_transform,
+                shared, layer.out_features, 8, table_rows=0, has_bias=has_bias or has_transform,
+                has_original_bias=has_bias,
             )  # fmt: skip
 
         kept = {name: layout(name, False) for name in layers_stored_at_8_bits(module, selection, config)}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrqdit.config import QuantizationConfig
+from lrqdit.config import TRELLIS_BITS, QuantizationConfig
 from lrqdit.errors import NumericalError
 from lrqdit.fitting.compensate import Curvature, round_weight
 from lrqdit.fitting.reports import GroupReport
@@ -24,7 +24,7 @@ from lrqdit.kernels import ops
 from lrqdit.numerics import principal, rotation, trellis
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
-from lrqdit.packed.linear import QuantLinear
+from lrqdit.packed.linear import QuantLinear, describe_input
 
 
 def check_finite(name: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -59,31 +59,22 @@ def quantize_linear(
     weight = weight.detach().cpu().float()
     folded = ops.fold(transform, weight)
     levels = fit_levels(name, folded, weight_bits, config)
-    if is_trellis := config.has_trellis and weight_bits in trellis.BITS:
+    if is_trellis := config.has_trellis and weight_bits in TRELLIS_BITS:
         levels = trellis.expand(levels, folded)
     new_bias = None if bias is None else bias.detach().cpu().float()
     if transform.input_offset is not None:
         shift = (weight.numpy().astype(np.float64) * transform.input_offset.double().numpy()).sum(axis=1)
         shift = torch.from_numpy(shift)
         new_bias = (shift if new_bias is None else new_bias.double() + shift).float()
-    r = transform.rotation
     layout = LinearFormat(
-        in_features=weight.shape[1],
-        out_features=weight.shape[0],
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        codebook=levels.kind,
+        describe_input(transform, activation_bits),
+        len(weight),
+        weight_bits,
+        levels.kind,
         table_rows=0 if weight_bits == 8 else len(levels.table),
         is_trellis=is_trellis,
-        rotation=r.kind,
-        factors=r.factors,
-        clip=transform.clip,
-        token_levels=transform.levels,
         has_bias=new_bias is not None,
         has_original_bias=bias is not None,
-        has_offset=transform.input_offset is not None,
-        has_scale=transform.input_scale is not None,
-        principal_rank=0 if transform.principal is None else len(transform.principal.codes),
         input_from=input_from,
     )
     outlet = None
