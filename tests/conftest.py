@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def linear_format(in_features: int, out_features: int, weight_bits: int, activat
     """The format of a layer, from its values side by side as a checkpoint has them."""
     values = {"in_features": in_features, "out_features": out_features, "weight_bits": weight_bits}
     return LinearFormat.from_dict({**values, "activation_bits": activation_bits, **rest})
+
+
+def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> SimpleNamespace:
+    """A linear layer as far as fitting goes."""
+    return SimpleNamespace(weight=weight, bias=bias)
 
 
 def build_tiny_pipeline(seed: int = 0) -> PixArtAlphaPipeline:

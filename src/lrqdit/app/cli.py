@@ -355,9 +355,8 @@ def _parse_settings(pairs: list[str]) -> dict[str, Any]:
         try:
             parsed[key] = allowed[text.lower()] if allowed else kinds[key](text)
         except (KeyError, ValueError):
-            raise ConfigError(
-                f"--set {pair!r}: {text!r} is not {' or '.join(allowed) or kinds[key].__name__}"
-            ) from None
+            expected = " or ".join(allowed) or f"a {kinds[key].__name__}"
+            raise ConfigError(f"--set {pair!r}: {text!r} is not {expected}") from None
     return parsed
 
 

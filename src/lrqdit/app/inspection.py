@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lrqdit.config import PIPELINE_COMPONENTS
 from lrqdit.errors import CheckpointError
 from lrqdit.integrations.pipelines import REPORT_FILE
-from lrqdit.models.registry import PIPELINE_COMPONENTS
 from lrqdit.packed.files import CONFIG_FILE, check_model_folder, check_pipeline_folder, read_json, tensor_headers
 from lrqdit.packed.format import FORMAT_NAME, LinearFormat, check_version
 from lrqdit.packed.size import weight_file_bytes
