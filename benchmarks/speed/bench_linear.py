@@ -287,7 +287,8 @@ def main() -> None:
         for shape in SHAPES[group]:
             layers += measure_shape(shape, presets, arguments.seconds, not arguments.without_peers)
     large = [layer["ratio_to_bf16"] for layer in layers if layer["shape"][0] >= 1024]
-    summary = {"threads": arguments.threads, "isa": native.describe()[0], "buffers_reused": is_kept}
+    machine = {"processor": read_processor(), "threads": arguments.threads}
+    summary = {"machine": machine, "threads": arguments.threads, "isa": native.describe()[0], "buffers_reused": is_kept}
     if large:
         summary |= {"geometric_mean": statistics.geometric_mean(large), "smallest": min(large)}
         print(
