@@ -19,6 +19,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ def read(name: str) -> dict[str, Any]:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [list(header), ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def machine(results: dict[str, Any]) -> str:
@@ -202,8 +203,8 @@ def layer_speed(preset: str) -> float:
 def layer_sentence() -> str:
     large = {tuple(row["shape"]) for row in read("linear")["layers"] if row["shape"][0] >= MANY_TOKENS}
     return (
-        f"layers **{layer_speed('w4a8'):.2f} x** bfloat16 `F.linear` (w4a8, geometric mean of {len(large)} shapes), "
-        f"a PixArt-Sigma step {read('step')['ratio_to_bf16']:.2f} x"
+        f"layers **{layer_speed('w4a8'):.2f} x** bfloat16 `F.linear` (mean of {len(large)} shapes), "
+        f"a PixArt step {read('step')['ratio_to_bf16']:.2f} x"
     )
 
 
@@ -311,9 +312,9 @@ def quantizer_table() -> str:
 # the package
 
 
-def models_sentence() -> str:
+def models_list() -> str:
     """The transformer classes that have an entry."""
-    return ", ".join(f"`{name}`" for name in MODELS)
+    return "\n" + textwrap.fill(", ".join(f"`{name}`" for name in MODELS) + ".", 120) + "\n"
 
 
 def first_sentence(path: Path) -> str:
@@ -377,7 +378,7 @@ def documents() -> dict[Path, str]:
         "docs/ARCHITECTURE.md": {"wings": wings_table()},
     }
     inline = {
-        "README.md": {"layer-speed": layer_sentence(), "models": models_sentence()},
+        "README.md": {"layer-speed": layer_sentence(), "models": models_list()},
         str(DEMO_CARD.relative_to(ROOT)): {"share": caption_sentence()},
     }
     texts = {}
