@@ -31,7 +31,7 @@ STYLE = {
     "xtick.color": OTHERS,
     "ytick.color": OTHERS,
 }
-LINE = 10.5  # points from label to label
+LINE = 10  # points from label to label
 PLACES = (  # of a label beside its point and its interval: alignment; the first free one is taken
     ("left", "center"),
     ("center", "top"),
@@ -51,7 +51,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Write an SVG file with one panel for each setting (``bits``) of the rows, in their order."""
     settings = list(dict.fromkeys(row["bits"] for row in rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.6 * len(settings), 5.0), facecolor="white", layout="constrained")
+        figure = Figure(figsize=(4.7 * len(settings), 5.1), facecolor="white", layout="constrained")
         panels = figure.subplots(1, len(settings), squeeze=False)[0]
         panels[0].set_ylabel("mean squared error of the pictures x 1000")
         by_panel = [[row for row in rows if row["bits"] == bits] for bits in settings]
@@ -75,7 +75,7 @@ def _draw_points(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("true bits per parameter, everything stored is counted")
     axes.set_yscale("log")
     axes.set_xlim(min(bits) - 1.8, max(bits) + 1.6)
-    axes.set_ylim(min(errors) * 0.6, max(errors) * 2.4)
+    axes.set_ylim(min(errors) * 0.6, max(errors) * 2.8)
     axes.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-3, 3) for m in (1, 2, 5)]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -130,7 +130,7 @@ def _label_column(axes: Axes, rows: list[dict[str, Any]], floor: float) -> list[
     bottom, top = (math.log(value) for value in axes.get_ylim())
     points = axes.get_window_extent().height * 72 / axes.figure.dpi
     step = LINE / points * (top - bottom)
-    lowest = math.log(floor) + step if floor else bottom
+    lowest = math.log(floor) + 1.2 * step if floor else bottom
     places = _spread([math.log(_error(row)) for row in rows], step, lowest, top - step / 2)
     boxes = []
     for row, place in zip(rows, places, strict=True):
