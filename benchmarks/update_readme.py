@@ -36,7 +36,6 @@ PACKAGE = ROOT / "src/lrqdit"
 DEMO_CARD = PACKAGE / "demo_model/README.md"
 SETTINGS = ("w4a8", "w3a8", "w3a6", "w4a4", "w3a4", "w2a4", "w4a16")
 CHARTS = {"docs/error-a8.svg": ("w4a8", "w3a8"), "docs/error-a4.svg": ("w4a4", "w3a4")}
-# of 23 methods, those of the README
 FIVE_METHODS = ("lrqdit", "svdquant+gptq", "orbitquant+gptq", "lrq-dit-paper", "rtn")
 USES = {
     "w4a8": "start here",
