@@ -336,8 +336,9 @@ def wings_table() -> str:
                 lines.append((str(level), f"**`{wing}.py`**", first_sentence(folder.with_suffix(".py"))))
                 continue
             lines.append((str(level), f"**`{wing}/`**", f"**{first_sentence(folder / '__init__.py')}**"))
-            modules = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
-            lines += [("", f"`{path.name}`", first_sentence(path)) for path in modules]
+            for path in sorted(folder.rglob("*.py"))[1:]:  # the first is the wing's own __init__.py
+                name = str(path.relative_to(folder)).removesuffix("__init__.py")
+                lines.append(("", f"`{name}`", first_sentence(path)))
     return table(("level", "module", "what is in it"), lines)
 
 
