@@ -15,7 +15,7 @@ namespace LRQ_ISA {
 #if defined(__AVX512BF16__)
 constexpr int SIDE = 6;                     // keys, or channels, that are broadcast side by side
 constexpr int QUERIES = 64;                 // of a block: four registers beside SIDE make 24 sums
-constexpr int64_t BLOCK_TILES = 16;         // of SIDE keys: the scores of a block stay near the core
+constexpr int64_t KEY_TILES = 16;           // of SIDE keys: the scores of a block stay near the core
 constexpr int64_t SEGMENT_BYTES = 384 << 10;  // of keys and values, repacked at a time
 constexpr int64_t CHUNK_BLOCKS = 16;        // of queries that share them
 constexpr int NO_MASK = 0, MASK_BY_KEY = 1, MASK_BY_PAIR = 2;
@@ -269,8 +269,8 @@ inline void finish_queries(const lrq_attention &a, int64_t b, int64_t h, int64_t
 template <int V, int MASK>
 inline void attend_block(const lrq_attention &a, int64_t b, int64_t h, int64_t first, int64_t count, const Segment &s,
                          uint8_t *memory, Seen<V> seen) {
-    constexpr int64_t most_keys = BLOCK_TILES * SIDE;
-    const int64_t pairs = a.width / 2, tiles = s.padded / SIDE, blocks = ceil_div(tiles, BLOCK_TILES);
+    constexpr int64_t most_keys = KEY_TILES * SIDE;
+    const int64_t pairs = a.width / 2, tiles = s.padded / SIDE, blocks = ceil_div(tiles, KEY_TILES);
     __m512 *scores = reinterpret_cast<__m512 *>(memory);  // of two blocks in turn
     __m512i *weights = reinterpret_cast<__m512i *>(scores + 2 * most_keys * V);
     __m512i *queries = weights + most_keys / 2 * V;
@@ -328,7 +328,7 @@ inline void attend_all(const lrq_attention &a, int threads) {
     const int64_t chunk = ceil_div(blocks, chunks);
     const int64_t segments = ceil_div(a.keys, SEGMENT_BYTES / (4 * a.width));
     const int64_t segment_keys = round_up(ceil_div(a.keys, segments), SIDE);
-    constexpr int64_t most_keys = BLOCK_TILES * SIDE;
+    constexpr int64_t most_keys = KEY_TILES * SIDE;
     const int64_t block_bytes = QUERIES * (most_keys * (4 + 4 + 2 + 4) + a.width * 2);
     const int64_t seen_registers = (2 + a.width) * (QUERIES / 16);
     parallel_for(threads, heads * chunks, [&](int64_t task) {

@@ -58,9 +58,10 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
     for (int64_t m = 0; m < ROWS; ++m) {
         __builtin_memset(padded + m * stride + stride - 16, 0, 16);
         __builtin_memcpy(padded + m * stride, codes + m * width, width);
-        starts[m] = -128 * sum_codes(codes + m * width, width);
+        starts[m] = start_of(codes + m * width, width);
     }
     const Outlet outlet(principal ? *principal : lrq_principal{});
+    const Outputs outputs{w, scale, principal ? &outlet : nullptr, out_type, out};
     constexpr int64_t group = GROUP<ROWS>;
     const int64_t per_task = round_up(ceil_div(out_tiles, 8 * threads), group);
     parallel_for(threads, ceil_div(out_tiles, per_task), [&](int64_t task) {
@@ -88,8 +89,7 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
                     outlet.pack(w, tile + g, packed);
                     outlet.multiply(packed, 1, 0, ROWS, added[0]);
                 }
-                finish_channels(w, sums[g][0], 16, principal ? added[0] : nullptr, scale, 0, ROWS, 16 * (tile + g),
-                                out_type, out);
+                finish_channels(outputs, sums[g][0], 16, principal ? added[0] : nullptr, 0, ROWS, 16 * (tile + g));
             }
         }
     });

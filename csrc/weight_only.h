@@ -5,7 +5,8 @@
 // place. The output is (s0 + s2) + (s1 + s3), whatever the instruction set and the number of tokens.
 #pragma once
 
-#include "product.h"
+#include "decode.h"
+#include "outputs.h"
 
 namespace lrq {
 namespace LRQ_ISA {
@@ -60,6 +61,7 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                                void *out) {
     const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
     const int64_t stride = 16 * in_tiles + 16;  // not a power of two: tokens would share one set of the first cache
+    const Outputs outputs{w, nullptr, nullptr, out_type, out};
     float *tokens = static_cast<float *>(scratch(SLOT_SHARED, sizeof(float) * least(rows, FLOAT_TOKENS) * stride));
     for (int64_t first = 0; first < rows; first += FLOAT_TOKENS) {
         const int64_t count = least(FLOAT_TOKENS, rows - first);
@@ -89,7 +91,7 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                     const float *s = sums + 64 * m + 16 * (n & 3) + 4 * (n >> 2);
                     totals[16 * m + n] = (s[0] + s[2]) + (s[1] + s[3]);
                 }
-            finish_channels(w, totals, 16, nullptr, nullptr, first, count, 16 * tile, out_type, out);
+            finish_channels(outputs, totals, 16, nullptr, first, count, 16 * tile);
         });
     }
 }
