@@ -154,7 +154,7 @@ inline void pack_segment(const lrq_attention &a, int64_t b, int64_t h, Segment &
         fetch(key, a.key_stride[2], i);
         __builtin_memcpy(s.keys + i * width * 2, key + at * a.key_stride[2], width * 2);
     }
-    alignas(64) uint32_t row[256 + SIDE];
+    alignas(64) uint32_t row[LRQ_MAX_HEAD_WIDTH + SIDE];
     for (int64_t i = 0; i < s.padded; i += 2) {
         fetch(value, a.value_stride[2], i);
         fetch(value, a.value_stride[2], i + 1);

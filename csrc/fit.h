@@ -16,10 +16,9 @@ typedef int64_t i64x8 __attribute__((vector_size(64)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint64_t u64x2 __attribute__((vector_size(16)));
 
-// As in codebook.py.
-constexpr int64_t BINS = 1024, QUARTER = BINS / 2;
-constexpr int64_t COARSE = 25, MIDDLE = 5, MARGIN = COARSE + MIDDLE;
-constexpr int64_t POLISHES = 1, SLOTS = 512;
+constexpr int64_t BINS = LRQ_BINS, QUARTER = BINS / 2;
+constexpr int64_t COARSE = LRQ_COARSE, MIDDLE = LRQ_MIDDLE, MARGIN = COARSE + MIDDLE;
+constexpr int64_t POLISHES = LRQ_POLISHES, SLOTS = LRQ_SLOTS;
 
 LRQ_INLINE f32x16 splat16(float x) { return x - f32x16{}; }
 

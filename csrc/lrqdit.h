@@ -13,7 +13,7 @@
 #define LRQ_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define LRQ_ABI_VERSION 4
+#define LRQ_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,6 +21,25 @@ extern "C" {
 
 enum { LRQ_FLOAT32 = 0, LRQ_BFLOAT16 = 1, LRQ_FLOAT16 = 2 };
 enum { LRQ_NONE = 0, LRQ_HADAMARD = 1, LRQ_BLOCK_HADAMARD = 2, LRQ_OUTLIER = 3 };
+
+enum {
+    LRQ_MAX_IN_FEATURES = (1 << 17) - 1, /* of a product: with more, its int32 sums could overflow */
+    LRQ_MAX_RANK = 32,                   /* of a principal part */
+    LRQ_MAX_HEAD_WIDTH = 256,            /* of attention */
+    /* of the search for row scales, see codebook.py */
+    LRQ_BINS = 1024, /* of each half of a histogram */
+    LRQ_COARSE = 25, /* grid entries between two that are tried first */
+    LRQ_MIDDLE = 5,  /* the step is divided by it twice */
+    LRQ_POLISHES = 1,
+    LRQ_SLOTS = 512, /* values of floor(2 w / row_scale) that are told apart */
+    /* of the search for trellis paths, see trellis.py */
+    LRQ_STATES = 64,
+    LRQ_HISTORY = 6,
+    LRQ_STEPS_PER_SHIFT = 32
+};
+
+/* Orders of Hadamard matrices that need no matrix from the caller, beside the powers of two. */
+#define LRQ_BUTTERFLIES(use) use(12) use(20) use(28)
 
 /* x (rows, width) -> x~ = ((x - offset) * scale) R. */
 typedef struct {
@@ -31,8 +50,8 @@ typedef struct {
     const uint16_t *offset;    /* float16 bits (width) or NULL */
     const uint16_t *scale;     /* float16 bits (width) or NULL */
     const int64_t *factors;    /* Kronecker factors, outermost first; or the block's size */
-    const float *const *matrices; /* the orthogonal matrix (order, order) of every factor that is neither a power of two
-                                     nor 12, 20 or 28; NULL for these */
+    const float *const *matrices; /* the orthogonal matrix (order, order) of every factor; NULL for powers of two and
+                                     LRQ_BUTTERFLIES */
     int64_t factor_count;
     const float *block1, *block2; /* R1 P R2: (block, block), else NULL */
     const int32_t *permutation;   /* (width), else NULL */
@@ -59,7 +78,7 @@ typedef struct {
     const float *inlet_scale;  /* (rank), of U's columns */
     const int8_t *outlet;      /* C (rank, N); NULL for tokens alone */
     const float *outlet_scale; /* (rank) */
-    int64_t rank;              /* at most 32 */
+    int64_t rank;              /* at most LRQ_MAX_RANK */
     uint16_t *coordinates;     /* p, bfloat16 (rows, rank rounded up to even): written with the tokens, read by the product */
 } lrq_principal;
 
@@ -77,7 +96,7 @@ typedef struct {
     uint16_t *out;                       /* bfloat16 bits (batch, heads, queries, width) */
     float *logsumexp;                    /* (batch, heads, queries); 0 where all keys are masked, and so is out */
     const void *mask;                    /* (batch, heads, queries, keys) of mask_type, keys contiguous; or NULL */
-    int64_t batch, heads, queries, keys, width; /* width: even, up to 256 */
+    int64_t batch, heads, queries, keys, width; /* width: even, up to LRQ_MAX_HEAD_WIDTH */
     int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], logsumexp_stride[3];
     int64_t mask_stride[3];              /* 0 where it is the same for all */
     int32_t mask_type;                   /* LRQ_FLOAT32 or LRQ_BFLOAT16 */
@@ -86,6 +105,11 @@ typedef struct {
 
 LRQ_EXPORT int lrq_abi_version(void);
 LRQ_EXPORT const char *lrq_last_error(void);
+
+/* For callers that repeat this header in another language: sizeof of a structure, such as "lrq_weight", and the values of a
+   constant, such as "LRQ_MAX_RANK" or "LRQ_BUTTERFLIES", of which there are as many as is returned. 0 for an unknown name. */
+LRQ_EXPORT int64_t lrq_size_of(const char *name);
+LRQ_EXPORT int lrq_constant(const char *name, const int64_t **values);
 
 /* Instruction sets, best first. An unsupported one says why in lrq_isa_missing (empty if supported). */
 LRQ_EXPORT int lrq_isa_count(void);
@@ -122,15 +146,15 @@ LRQ_EXPORT int lrq_weight_only_linear(const lrq_weight *weight, int64_t rows, co
 LRQ_EXPORT int lrq_has_pairs(void);
 LRQ_EXPORT int lrq_attend(const lrq_attention *attention, int threads);
 
-/* The layer's histogram, in parts of part_blocks blocks of block_rows rows: bins (parts, 2048, 2), the mass and the moment
-   of each bin; range (parts, 2), the lowest and the highest entry. See codebook.py for all of this. */
+/* The layer's histogram, in parts of part_blocks blocks of block_rows rows: bins (parts, 2 LRQ_BINS, 2), the mass and the
+   moment of each bin; range (parts, 2), the lowest and the highest entry. See codebook.py for all of this. */
 LRQ_EXPORT int lrq_count_layer(const lrq_matrix *matrix, int64_t block_rows, int64_t part_blocks, int threads,
                                double *bins, double *range);
-/* The rows' histograms: bins (2, rows, 2048); the others (rows). */
+/* The rows' histograms: bins (2, rows, 2 LRQ_BINS); the others (rows). */
 LRQ_EXPORT int lrq_count_rows(const lrq_matrix *matrix, int threads, double *root_mean_square, double *bins,
                               double *lowest, double *highest);
-/* row_scale: float32 (rows), searched on grid (25 coarse_count + 36) and polished; table (table_rows, 2^bits) for 2 to 6
-   bits, table_rows 1 or rows. */
+/* row_scale: float32 (rows), searched on grid (LRQ_COARSE (coarse_count - 1) + 2 (LRQ_COARSE + LRQ_MIDDLE) + 1) and polished;
+   table (table_rows, 2^bits) for 2 to 6 bits, table_rows 1 or rows. */
 LRQ_EXPORT int lrq_fit_scales(const lrq_matrix *matrix, const int8_t *table, int64_t table_rows, int bits,
                               const double *grid, int64_t coarse_count, int threads, float *row_scale);
 /* codes: (rows, columns), of the levels nearest to weight / row_scale. */

@@ -3,9 +3,11 @@
 
 #include "vectors.h"
 
-#if defined(__AVX512BF16__)
 namespace lrq {
 namespace LRQ_ISA {
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
 
 LRQ_INLINE __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
     // not the intrinsic: around it GCC 12 copies and spills the accumulators
@@ -27,6 +29,9 @@ LRQ_INLINE void multiply_pairs(__m512 (&sums)[R][V], const uint8_t *a, int64_t r
     }
 }
 
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+
 }  // namespace LRQ_ISA
 }  // namespace lrq
-#endif

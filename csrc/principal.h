@@ -11,7 +11,7 @@ namespace lrq {
 namespace LRQ_ISA {
 
 #if defined(__AVX512BF16__)
-constexpr int64_t MAX_RANK = 32, MAX_ROWS = 8;
+constexpr int64_t MAX_RANK = LRQ_MAX_RANK, MAX_ROWS = 8;
 
 // 16 entries from k of directions r and r + 1 of (rank, width), times their scales if there are any, in pairs; what is not
 // there is 0.

@@ -24,10 +24,12 @@ constexpr uint32_t SIGNS_28[28] = {
     0x1cb7898, 0x1d6d522, 0xf057628, 0xe43ccc2, 0xe86b914, 0x83bb548, 0x23e6e12, 0x43dd8a4};
 
 template <int N> constexpr uint32_t paley_column(int j) {
-    return N == 12 ? SIGNS_12[j] : N == 20 ? SIGNS_20[j] : SIGNS_28[j];
+#define LRQ_COLUMN(order) N == order ? SIGNS_##order[j] :
+    return LRQ_BUTTERFLIES(LRQ_COLUMN) 0;
+#undef LRQ_COLUMN
 }
 
-// N vectors get(i) -> put(j, vector). Order 12, 20 or 28: all signed sums of groups of G entries once (the method of four
+// N vectors get(i) -> put(j, vector). An order of LRQ_BUTTERFLIES: all signed sums of groups of G entries once (the method of four
 // Russians), then each output is N / G of them. Other N are powers of two.
 template <class V, int N, class Get, class Put> LRQ_INLINE void butterfly(Get &&get, Put &&put) {
     V v[N];
@@ -72,9 +74,11 @@ template <class Body> LRQ_INLINE void with_order(int64_t order, Body &&body) {
         case 2: return body(std::integral_constant<int, 2>{});
         case 4: return body(std::integral_constant<int, 4>{});
         case 8: return body(std::integral_constant<int, 8>{});
-        case 12: return body(std::integral_constant<int, 12>{});
-        case 20: return body(std::integral_constant<int, 20>{});
-        default: return body(std::integral_constant<int, 28>{});
+#define LRQ_CASE(order) \
+    case order: return body(std::integral_constant<int, order>{});
+        LRQ_BUTTERFLIES(LRQ_CASE)
+#undef LRQ_CASE
+        default: return;  // refused before
     }
 }
 

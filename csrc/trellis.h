@@ -9,8 +9,7 @@ namespace LRQ_ISA {
 
 typedef float f32x4 __attribute__((vector_size(16)));
 
-// As in trellis.py.
-constexpr int STATES = 64, HISTORY = 6, STEPS_PER_SHIFT = 32;
+constexpr int STATES = LRQ_STATES, HISTORY = LRQ_HISTORY, STEPS_PER_SHIFT = LRQ_STEPS_PER_SHIFT;
 constexpr int64_t MAX_COLUMNS_PER_TASK = 64;
 
 typedef std::conditional_t<WIDTH == 16, uint16_t, uint8_t> Mask;  // a bit for each lane
@@ -177,7 +176,7 @@ inline void encode_path(const Subsets &subsets, const float *units, const int32_
             const Floats even = smaller(cost[v] + a, cost[v + H] + b, &even_bits);
             const Floats odd = smaller(cost[v] + b, cost[v + H] + a, &odd_bits);
             bits |= static_cast<uint64_t>(even_bits) << (v * WIDTH);
-            bits |= static_cast<uint64_t>(odd_bits) << (32 + v * WIDTH);
+            bits |= static_cast<uint64_t>(odd_bits) << (STATES / 2 + v * WIDTH);
             next[2 * v] = interleave<false>(even, odd), next[2 * v + 1] = interleave<true>(even, odd);
         });
         decisions[t] = bits;
@@ -195,7 +194,7 @@ inline void encode_path(const Subsets &subsets, const float *units, const int32_
     unsigned state = 0;
     for (unsigned s = 1; s < STATES; ++s) state = costs[s] < costs[state] ? s : state;
     for (int64_t t = rows - 1; t >= 0; --t) {
-        const unsigned u = state & 1, h = state >> 1, old = decisions[t] >> (h | u << 5) & 1;
+        const unsigned u = state & 1, h = state >> 1, old = decisions[t] >> (h | u << (HISTORY - 1)) & 1;
         const unsigned rank = subsets.ranks[slots[t]] >> 4 * subset_of(h, u ^ old) & 15;
         codes[t] = static_cast<uint8_t>(2 * rank + u);
         state = h | old << (HISTORY - 1);
