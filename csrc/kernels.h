@@ -1,5 +1,6 @@
-// What the files of one instruction set offer, and what they may use. They are compiled with flags that the running CPU
-// may lack, so they call nothing inline from the standard library: a linker could keep their copy for everybody.
+// What the files of one instruction set offer, and what they may use. They are compiled for instructions that the running
+// CPU may lack, so they call no inline function of the standard library: the linker could keep their copy of it for all
+// files.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,8 @@
 
 namespace lrq {
 
-// The kernel behind a function of the C interface: it takes the same arguments, structures that are never missing by reference.
+// The kernel behind a function of the C interface: it takes the same arguments, structures that are never missing by
+// reference.
 template <class T> struct KernelArgument { using type = T; };
 template <> struct KernelArgument<const lrq_transform *> { using type = const lrq_transform &; };
 template <> struct KernelArgument<const lrq_weight *> { using type = const lrq_weight &; };
@@ -42,7 +44,7 @@ void run_parallel(int threads, int64_t tasks, void (*task)(void *context, int64_
 enum Slot {
     SLOT_SHARED,
     SLOT_CALL,
-    SLOT_PANEL,  // the product's alone: it begins with what it holds
+    SLOT_PANEL,  // only for the product, which notes at its beginning what it holds
     SLOT_COPY,
     SLOT_ROWS,
     SLOT_SUMS,

@@ -301,8 +301,9 @@ const char *lrq_last_error(void) { return last_error.c_str(); }
 
 int64_t lrq_size_of(const char *name) {
 #define LRQ_SIZE(structure) {#structure, sizeof(structure)}
-    static const std::map<std::string, int64_t> sizes = {LRQ_SIZE(lrq_transform), LRQ_SIZE(lrq_weight), LRQ_SIZE(lrq_principal),
-                                                         LRQ_SIZE(lrq_matrix), LRQ_SIZE(lrq_attention)};
+    static const std::map<std::string, int64_t> sizes = {
+        LRQ_SIZE(lrq_transform), LRQ_SIZE(lrq_weight), LRQ_SIZE(lrq_principal), LRQ_SIZE(lrq_matrix), LRQ_SIZE(lrq_attention),
+    };
 #undef LRQ_SIZE
     const auto found = sizes.find(name ? name : "");
     return found == sizes.end() ? 0 : found->second;

@@ -34,8 +34,8 @@ struct alignas(64) Coefficients {
     }
 };
 
-// Outputs of a block, y = sums * row_scale * scale + bias in bfloat16, that the next product writes (vnni_block.h). No output
-// may be NaN: the assembly rounds without looking for it.
+// Outputs of a block, y = sums * row_scale * scale + bias in bfloat16, that the next product writes (vnni_block.h). No
+// output may be NaN: the assembly rounds without looking for it.
 struct Pending {
     int64_t row_bytes = 0;                  // of the layer's output
     int32_t one = 1, almost_half = 0x7fff;  // in units of bfloat16's last bit: the bit itself, just below a half
@@ -45,8 +45,8 @@ struct Pending {
     uint16_t *to = nullptr;
     int64_t rows = 0;  // not yet written
 
-    void take(int64_t bytes, const Coefficients *c, const int32_t *block, const float *steps, uint16_t *out, int64_t count) {
-        row_bytes = bytes, coefficients = c, sums = block, scale = steps, to = out, rows = count;
+    void take(int64_t bytes, const Coefficients *c, const int32_t *block, const float *s, uint16_t *out, int64_t count) {
+        row_bytes = bytes, coefficients = c, sums = block, scale = s, to = out, rows = count;
     }
 
     // Notes that `count` rows were written.
@@ -65,9 +65,9 @@ struct Pending {
     }
 };
 
-// Pending outputs, and two ranges of memory whose lines (64 bytes) a product fetches one by one, every few steps: [next, last],
-// then [second, second_last]; after that it fetches the last line again and again. Lines are fetched into all caches: Zen 4
-// fetches nothing in time that is asked for the outer ones alone. Many lines at once stall it.
+// Pending outputs, and two ranges of memory whose lines (64 bytes) a product fetches one by one, every few steps: [next,
+// last], then [second, second_last]; after that it fetches the last line again and again. Lines are fetched into all
+// caches: Zen 4 fetches nothing in time that is asked for the outer ones alone. Many lines at once stall it.
 struct Meanwhile {
     Pending pending;
     const uint8_t *next = nullptr, *last = nullptr, *second = nullptr, *second_last = nullptr;

@@ -19,9 +19,9 @@ LRQ_INLINE Floats scale_sums(const int32_t *sums, Floats row_scale, float scale,
     return __builtin_convertvector(load<Ints>(sums), Floats) * row_scale * splat(scale) + bias;
 }
 
-// Writes sum * row_scale * scale + bias for `rows` tokens from `first` and V registers of channels from n, of which the last
-// one may be cut off by the layer's width. Token i's sums begin at sums + i * stride; so does what is added, if it is not
-// nullptr.
+// Writes sum * row_scale * scale + bias for `rows` tokens from `first` and V registers of channels from n, of which the
+// last one may be cut off by the layer's width. Token i's sums begin at sums + i * stride; so does what is added, if it is
+// not nullptr.
 template <int V, int TYPE, class Value>
 LRQ_INLINE void finish_as(const Outputs &outputs, const Value *sums, int64_t stride, const float *added, int64_t first,
                           int64_t rows, int64_t n) {

@@ -1,9 +1,9 @@
-// y = codes x weights: packed weights are decoded into panels that stay in cache while all tokens pass. (A few tokens need no
-// panel: few_tokens.h.)
+// y = codes x weights: packed weights are decoded into panels that stay in cache while all tokens pass. (A few tokens need
+// no panel: few_tokens.h.)
 //
-// Work is cut into tasks: a group of panels, and a chunk of tokens that are prepared together. A thread decodes a group once
-// and keeps it for the chunks of that group it is handed. Sums are int32 and exact in any order. How a block is multiplied
-// is the policy's affair (vector_block.h).
+// Work is cut into tasks: a group of panels, and a chunk of tokens that are prepared together. A thread decodes a group
+// once and keeps it for the chunks of that group it is handed. Sums are int32 and exact in any order. How a block is
+// multiplied is the policy's affair (vector_block.h).
 #pragma once
 
 #include "rounder.h"
@@ -18,8 +18,9 @@ struct Shape {
     int64_t in_tiles, out_tiles, blocks, group_blocks, groups, chunk, chunks, split_tiles, splits;
 };
 
-constexpr int64_t SPLIT_BLOCKS = 4;  // panels of a group where inputs are split
-constexpr int64_t MIN_CHUNK = 64, MAX_CHUNK = 512, CHUNKS_PER_THREAD = 24;  // tokens; tasks
+constexpr int64_t SPLIT_BLOCKS = 4;                  // panels of a group where inputs are split
+constexpr int64_t MIN_CHUNK = 64, MAX_CHUNK = 512;   // tokens
+constexpr int64_t TASKS_PER_THREAD = 24;             // at least, where chunks may be so small
 
 template <class Block> Shape shape_of(const lrq_weight &w, int64_t rows, int threads) {
     Shape s;
@@ -37,7 +38,7 @@ template <class Block> Shape shape_of(const lrq_weight &w, int64_t rows, int thr
     if (s.blocks >= threads) s.groups = round_up(s.groups, threads);
     s.group_blocks = ceil_div(s.blocks, s.groups);  // groups of the same size
     s.groups = ceil_div(s.blocks, s.group_blocks);
-    const int64_t chunk = least(greatest(ceil_div(rows * s.groups, CHUNKS_PER_THREAD * threads), MIN_CHUNK), MAX_CHUNK);
+    const int64_t chunk = least(greatest(ceil_div(rows * s.groups, TASKS_PER_THREAD * threads), MIN_CHUNK), MAX_CHUNK);
     s.chunk = least(round_up(chunk, Block::TOKENS), rows);
     s.chunks = ceil_div(rows, s.chunk);
     return s;
@@ -50,14 +51,14 @@ struct PanelKey {
     int64_t group, split;
 };
 
-// A chunk is prepared (its tokens are rounded, if there is a rounder, and summed) by the first thread that is handed it, block by
-// block as that thread multiplies it. Other threads that are handed it meanwhile wait for each block.
+// A chunk is prepared (its tokens are rounded, if there is a rounder, and summed) by the first thread that is handed it,
+// block by block as that thread multiplies it. Other threads that are handed it meanwhile wait for each block.
 struct Chunk {
     int32_t is_taken, ready;  // ready: tokens that are prepared
 };
 
-// What the thread that prepares a chunk tells the others. If it runs out of memory, they must not wait for ever: in the end all
-// count as prepared.
+// What the thread that prepares a chunk tells the others. If it runs out of memory, they must not wait for ever: in the end
+// all count as prepared.
 struct Lead {
     int32_t *ready;  // nullptr in a thread that does not prepare
     int64_t count;
@@ -80,8 +81,8 @@ template <class Block> class PanelProduct {
         __builtin_memset(next_tasks, 0, state_bytes);
     }
 
-    // A thread takes the tasks of its own groups first, so that few panels are decoded twice, then what is left of the other
-    // threads' tasks.
+    // A thread takes the tasks of its own groups first, so that few panels are decoded twice, then what is left of the
+    // other threads' tasks.
     void run() const {
         parallel_for(threads, threads, [&](int64_t thread) {
             for (int64_t i = 0; i < threads; ++i) run_tasks_of((thread + i) % threads);
@@ -102,8 +103,8 @@ template <class Block> class PanelProduct {
     Chunk *chunks;
     int32_t *starts;  // (rows), what the tokens' sums start at
 
-    // A thread's tasks go through all chunks of its first group, then of its next one. Each thread begins at another chunk, and
-    // prepares it.
+    // A thread's tasks go through all chunks of its first group, then of its next one. Each thread begins at another chunk,
+    // and prepares it.
     void run_tasks_of(int64_t thread) const {
         const int64_t begin = thread * shape.groups / threads * shape.chunks;
         const int64_t end = (thread + 1) * shape.groups / threads * shape.chunks, shift = thread * shape.chunks / threads;
@@ -192,8 +193,8 @@ template <class Block> class PanelProduct<Block>::Task {
         while (__atomic_load_n(&chunk.ready, __ATOMIC_ACQUIRE) < wanted) yield();
     }
 
-    // Has what the next block of tokens is read from fetched beside the products of this one: the rounder's input while the
-    // thread rounds, else codes.
+    // Has memory fetched beside the products of the block of tokens at m, of which the next block will be read: the rounder's
+    // input if the thread prepares it, else codes.
     void fetch_next(int64_t m, int64_t from, int64_t to, bool is_preparing) {
         const Rounder *rounder = product.rounder;
         const int64_t width = product.outputs.w.in_features, after = least(first + m + Block::TOKENS, product.rows);
@@ -243,7 +244,9 @@ inline int64_t repeat_dots(int64_t iterations) {
     Sums acc[BLOCK_TOKENS][BLOCK_VECTORS];
     alignas(64) uint8_t weights[BLOCK_VECTORS * LANES * STEP * ELEMENT] = {};
     int32_t tokens[BLOCK_TOKENS] = {};
-    unroll<BLOCK_TOKENS>([&](auto m) LRQ_LAMBDA { unroll<BLOCK_VECTORS>([&](auto v) LRQ_LAMBDA { acc[m][v] = splat_sums(m); }); });
+    unroll<BLOCK_TOKENS>([&](auto m) LRQ_LAMBDA {
+        unroll<BLOCK_VECTORS>([&](auto v) LRQ_LAMBDA { acc[m][v] = splat_sums(m); });
+    });
     for (int64_t i = 0; i < iterations; ++i) {
         // nothing is known about the operands: no step is skipped
         __asm__ volatile("" : : "r"(weights), "r"(tokens) : "memory");

@@ -1,8 +1,8 @@
 // The block of codes and weights that the compiler writes from the dot product of dot.h, for every instruction set.
 //
 // The product (product.h) is a template over a block policy: a class with the public members of VectorBlock. It says how
-// large a block is, how its panel looks, how it is multiplied and how its sums become outputs. An object of it belongs to one
-// task: one thread, one chunk of tokens, one group of panels. The thread may yield between two calls.
+// large a block is, how its panel looks, how it is multiplied and how its sums become outputs. An object of it belongs to
+// one task: one thread, one chunk of tokens, one group of panels. The thread may yield between two calls.
 #pragma once
 
 #include "decode.h"
@@ -44,7 +44,8 @@ template <int T, int ROWS = 1>
 inline void multiply_tiles(int64_t rows, const uint8_t *panel, int64_t steps, const uint8_t *tokens, int64_t stride,
                            const int32_t *starts, int32_t *sums, Meanwhile &meanwhile) {
     if (rows == ROWS) return multiply_rows<ROWS, T>(panel, steps, tokens, stride, starts, sums, meanwhile);
-    if constexpr (ROWS < BLOCK_TOKENS) multiply_tiles<T, ROWS + 1>(rows, panel, steps, tokens, stride, starts, sums, meanwhile);
+    if constexpr (ROWS < BLOCK_TOKENS)
+        multiply_tiles<T, ROWS + 1>(rows, panel, steps, tokens, stride, starts, sums, meanwhile);
 }
 
 // What a token's sums start at, so that the panel's bias cancels.
@@ -84,8 +85,8 @@ class VectorBlock {
     // in_tiles: the most that a panel covers.
     VectorBlock(const Outputs &outputs, int64_t in_tiles)
         : outputs(outputs), outlet_bytes(outlet_bytes_of(outputs)), width(outputs.w.in_features) {
-        // tokens are copied where they must be widened, or padded to whole steps, and where they are so far apart that all of a
-        // block would lie in one set of the cache
+        // tokens are copied where they must be widened, or padded to whole steps, and where they are so far apart that all
+        // of a block would lie in one set of the cache
         if (ELEMENT == 1 && width % STEP == 0 && width % 4096) return;
         copy_stride = in_tiles * 16 * ELEMENT + 64;
         copy = static_cast<uint8_t *>(scratch(SLOT_COPY, TOKENS * copy_stride));
@@ -112,7 +113,8 @@ class VectorBlock {
             });
     }
 
-    // The tokens that are multiplied from now on: `count` tokens from `token`, of all codes, and their input tiles [from, to).
+    // The tokens that are multiplied from now on: `count` tokens from `token`, of all codes, and their input tiles [from,
+    // to).
     void take_tokens(const int8_t *codes, int64_t token, int64_t count, int64_t from, int64_t to) {
         const int8_t *first = codes + token * width + 16 * from;
         const int64_t inputs = least(16 * to, width) - 16 * from;
@@ -122,8 +124,8 @@ class VectorBlock {
             copy_token(first + i * width, inputs, steps * STEP, copy + i * copy_stride);
     }
 
-    // Multiplies these tokens by a panel of `tiles` tiles. sums (rows, 16 * tiles) grow by the products; with starts, token m's
-    // begin at starts[m] instead.
+    // Multiplies these tokens by a panel of `tiles` tiles. sums (rows, 16 * tiles) grow by the products; with starts, token
+    // m's begin at starts[m] instead.
     void multiply(const uint8_t *panel, int64_t tiles, const int32_t *starts, int32_t *sums) {
         const uint8_t *weights = panel + outlet_bytes;
         if constexpr (BLOCK_TILES >= 3)

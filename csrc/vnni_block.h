@@ -184,7 +184,7 @@ class VnniBlock : public VectorBlock {
 
   private:
     const float *scale = nullptr;  // of the tokens that are multiplied
-    bool can_wait = false;         // whether their outputs may be pending: bfloat16, without a principal part, none of them NaN
+    bool can_wait = false;         // whether their outputs may be pending: bfloat16 without a principal part, no NaN
 };
 
 }  // namespace LRQ_ISA

@@ -11,7 +11,7 @@
 namespace lrq {
 namespace LRQ_ISA {
 
-constexpr int64_t FLOAT_TOKENS = 64;  // that share what is decoded
+constexpr int64_t FLOAT_TOKENS = 64;  // tokens, at most, that share a decoded tile
 constexpr int64_t FLOAT_TILES = 16;   // input tiles decoded at once: their levels stay in the first cache
 
 // Four floats in each quarter of a register.
@@ -25,7 +25,8 @@ LRQ_INLINE Floats repeat_four(const float *x) {
 #endif
 }
 
-// ROWS tokens (stride floats apart, see arrange_token) times the levels of `tiles` input tiles, added to sums (ROWS, 64).
+// Multiplies ROWS tokens (stride floats apart, see arrange_token) by the levels of `tiles` input tiles and adds the
+// products to sums (ROWS, 64).
 template <int ROWS>
 inline void multiply_floats(const uint8_t *levels, int64_t tiles, const float *x, int64_t stride, float *sums) {
     constexpr int REGISTERS = ROWS > 4 ? 2 : ROWS == 1 || WIDTH == 16 ? 4 : 2;
@@ -52,7 +53,7 @@ inline void multiply_floats(const uint8_t *levels, int64_t tiles, const float *x
     }
 }
 
-// Entry 16 t + 4 s + i goes to 16 t + 4 i + s, zeros behind the width.
+// Copies entry 16 t + 4 s + i to 16 t + 4 i + s, with zeros beyond the width.
 LRQ_INLINE void arrange_token(const float *x, int64_t width, int64_t padded, float *out) {
     for (int64_t k = 0; k < padded; ++k) out[(k & ~15) + 4 * (k & 3) + (k >> 2 & 3)] = k < width ? x[k] : 0;
 }
