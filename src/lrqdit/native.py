@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lrqdit.errors import KernelError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ENVIRONMENT = "LRQDIT_KERNELS"
 ISA_NAMES = ("avx512bf16", "avx512vbmi", "avx512vnni", "avxvnni", "avx2", "neon", "serial")
 LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.dll"}.get(
@@ -98,6 +98,8 @@ _principal = ctypes.POINTER(Principal)
 _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_abi_version": (ctypes.c_int, ()),
     "lrq_last_error": (ctypes.c_char_p, ()),
+    "lrq_size_of": (ctypes.c_int64, (ctypes.c_char_p,)),
+    "lrq_constant": (ctypes.c_int, (ctypes.c_char_p, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)))),
     "lrq_isa_count": (ctypes.c_int, ()),
     "lrq_isa_name": (ctypes.c_char_p, (ctypes.c_int,)),
     "lrq_isa_missing": (ctypes.c_char_p, (ctypes.c_int,)),
@@ -193,6 +195,14 @@ def instruction_sets(library: ctypes.CDLL) -> dict[str, str]:
     """Name -> what this CPU lacks for it ("" if nothing), best first."""
     count = library.lrq_isa_count()
     return {library.lrq_isa_name(i).decode(): library.lrq_isa_missing(i).decode() for i in range(count)}
+
+
+def constant(name: str) -> tuple[int, ...]:
+    """The values of a constant of lrqdit.h, such as "LRQ_MAX_RANK"; () if there is no library or no such constant."""
+    if LIBRARY is None:
+        return ()
+    values = ctypes.POINTER(ctypes.c_int64)()
+    return tuple(values[: LIBRARY.lrq_constant(name.encode(), values)])
 
 
 def call(name: str, *arguments: Any) -> None:

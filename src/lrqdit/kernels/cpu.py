@@ -22,10 +22,10 @@ from lrqdit.numerics.tokens import normal_lookup
 
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROTATION_CODES = {"none": 0, "hadamard": 1, "block_hadamard": 2, "outlier": 3}
-BUTTERFLIES = (12, 20, 28)  # orders beside the powers of two that need no matrix
+BUTTERFLIES = native.constant("LRQ_BUTTERFLIES")  # orders beside the powers of two that need no matrix
 PRINCIPAL_BUFFERS = ("principal", "principal_scale_bits", "outlet", "outlet_scale_bits")
-MAX_RANK = 32  # of a principal part in the kernels
-MAX_IN_FEATURES = (1 << 17) - 1  # an int32 sum of int8 products could overflow beyond
+(MAX_RANK,) = native.constant("LRQ_MAX_RANK") or (0,)  # of a principal part in the kernels
+(MAX_IN_FEATURES,) = native.constant("LRQ_MAX_IN_FEATURES") or (0,)  # beyond, an int32 sum could overflow
 
 
 def _require(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
