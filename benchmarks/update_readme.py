@@ -161,7 +161,7 @@ def main() -> None:
     tables = [*demo_table(), "", *quality_table(), "", *level_table()]
     fill(ROOT / "README.md", "results", "\n" + "\n".join(tables) + "\n")
     fill(ROOT / "README.md", "speed", "\n" + "\n".join(speed_table()) + "\n")
-    fill(ROOT / "src/lrqdit/demo_model/README.md", "share", caption_sentence())
+    fill(ROOT / "demo/README.md", "share", caption_sentence())
 
 
 if __name__ == "__main__":
