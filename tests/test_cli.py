@@ -12,7 +12,6 @@ import lrqdit
 import lrqdit.calibration.observer
 from lrqdit.app import demo, inspection, speed
 from lrqdit.app.cli import app
-from lrqdit.errors import ModelError
 from lrqdit.fitting import job
 from lrqdit.integrations import generation, pipelines
 
