@@ -33,10 +33,10 @@ else
 	$(call NATIVE_TEST,build/native-test-neon,-DCMAKE_TOOLCHAIN_FILE=csrc/tests/aarch64.cmake)
 endif
 
-$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(READY): pyproject.toml demo/pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet $(TORCH)
-	.venv/bin/pip install --quiet -e '.[dev]'
+	.venv/bin/pip install --quiet -e '.[dev]' -e ./demo
 	touch $@
 
 clean:

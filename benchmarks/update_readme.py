@@ -33,7 +33,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/lrqdit"
-DEMO_CARD = PACKAGE / "demo_model/README.md"
+DEMO_CARD = ROOT / "demo/README.md"
 SETTINGS = ("w4a8", "w3a8", "w3a6", "w4a4", "w3a4", "w2a4", "w4a16")
 CHARTS = {"docs/error-a8.svg": ("w4a8", "w3a8"), "docs/error-a4.svg": ("w4a4", "w3a4")}
 FIVE_METHODS = ("lrqdit", "svdquant+gptq", "orbitquant+gptq", "lrq-dit-paper", "rtn")

@@ -12,7 +12,6 @@ import lrqdit
 import lrqdit.calibration.observer
 from lrqdit.app import demo, inspection, speed
 from lrqdit.app.cli import app
-from lrqdit.errors import ModelError
 from lrqdit.fitting import job
 from lrqdit.integrations import generation, pipelines
 
@@ -280,9 +279,7 @@ def test_demo(copy_of_pipeline, tmp_path):
     assert not set(demo.CALIBRATION_PROMPTS) & set(demo.SHOWN_PROMPTS)
 
 
-def test_demo_without_its_model(tmp_path):
-    with pytest.raises(ModelError, match="training/train_demo.py"):
-        demo.run_demo(tmp_path / "out", model_folder=tmp_path)
+def test_demo_of_an_unknown_preset(tmp_path):
     assert "weight_bits=7" in fail("demo", "--bits", "w7a8", "--out", tmp_path)
 
 

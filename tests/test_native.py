@@ -28,9 +28,9 @@ from lrqdit.errors import KernelError
 from lrqdit.kernels import cpu as kernels
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.kernels import ops
-from lrqdit.numerics import codebook, hadamard, rotation, trellis
+from lrqdit.numerics import codebook, rotation, trellis
 from lrqdit.numerics.packing import pack
-from lrqdit.numerics.shapes import packed_shape
+from lrqdit.numerics.shapes import BUTTERFLY_COST, packed_shape
 from lrqdit.numerics.tokens import InputTransform, normal_lookup
 from lrqdit.packed.linear import QuantLinear
 
@@ -414,7 +414,7 @@ def test_structures_have_the_size_of_the_library():
 
 def test_constants_are_those_of_the_library(monkeypatch):
     expected = {
-        "BUTTERFLIES": tuple(hadamard.BUTTERFLY_COST),
+        "BUTTERFLIES": tuple(BUTTERFLY_COST),
         "MAX_HEAD_WIDTH": attention.MAX_WIDTH,
         **{name: getattr(codebook, name) for name in ("BINS", "COARSE", "MIDDLE", "POLISHES", "SLOTS")},
         **{name: getattr(trellis, name) for name in ("STATES", "HISTORY", "STEPS_PER_SHIFT")},

@@ -81,7 +81,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     rows, calibration = [], None
     for name in ["original", *args.models]:
-        folder = Path(name) if Path(name).is_dir() else demo.MODEL_FOLDER
+        folder = Path(name) if Path(name).is_dir() else demo.find_model()
         pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
         pipeline.set_progress_bar_config(disable=True)
         if name != "original" and not Path(name).is_dir():

@@ -154,9 +154,9 @@ class Bench:
     """One model, its prompts, its original pictures and its calibration."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.folder, self.steps, self.guidance = args.model, args.steps, args.guidance_scale
+        self.folder, self.steps, self.guidance = args.model or demo.find_model(), args.steps, args.guidance_scale
         self.work = args.work
-        self.is_demo = args.model == demo.MODEL_FOLDER
+        self.is_demo = args.model is None
         if args.prompts:
             self.prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
         elif self.is_demo:
@@ -172,7 +172,7 @@ class Bench:
         if set(self.prompts) & set(self.calibration_prompts):
             raise SystemExit("some prompts are also calibration prompts")
         self._calibration: dict[str, Calibration] | None = None
-        self.original = load(args.model)
+        self.original = load(self.folder)
         self.references: list[generation.Sample] = []
 
     def setup(self) -> dict[str, Any]:
@@ -437,7 +437,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=demo.MODEL_FOLDER, help="folder of a diffusers pipeline")
+    parser.add_argument("--model", type=Path, help="folder of a diffusers pipeline; the demo model if not given")
     parser.add_argument("--prompts", type=Path, help="one prompt in each line")
     parser.add_argument("--calibration-prompts", type=Path, help="one prompt in each line")
     parser.add_argument("--presets", nargs="+", choices=(*PRESETS, *PACKAGES))

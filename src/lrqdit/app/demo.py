@@ -1,9 +1,11 @@
-"""The demo: quantize the embedded text-to-emoji pipeline to three presets and show what became of its pictures.
+"""The demo: quantize a small text-to-emoji pipeline to three presets and show what became of its pictures.
 
-The embedded model is a real, small PixArt pipeline (``demo_model``, made by ``training/train_demo.py``). Each quantized
-pipeline is saved, loaded back by diffusers' from_pretrained, and the pictures come from the loaded one.
+The demo model is a real PixArt pipeline, made by ``training/train_demo.py``; it comes in a package of its own,
+``lrqdit-demo`` (24 MB, the folder ``demo/``). Each quantized pipeline is saved, loaded back by diffusers'
+from_pretrained, and the pictures come from the loaded one.
 """
 
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -18,7 +20,6 @@ from lrqdit.evaluation.tables import picture_grid
 from lrqdit.integrations.generation import generate_images
 from lrqdit.integrations.pipelines import check_output_folder, denoiser_file_bytes, load_pipeline, save_quantized
 
-MODEL_FOLDER = Path(__file__).parents[1] / "demo_model"
 PRESETS = ("w4a8", "w3a8", "w4a4")
 STEPS, CALIBRATION_STEPS, GUIDANCE_SCALE, SEED = 20, 10, 3.0, 0
 # 64 of the captions the model knows, neither shown nor among those of the benchmarks
@@ -47,11 +48,26 @@ SHOWN_PROMPTS = (
 COLUMNS = ("preset", "true_bits", "before", "after", "psnr", "ssim", "latent_error", "seconds")
 
 
+def find_model() -> Path:
+    """The folder of the demo model.
+
+    Raises:
+        ModelError: if the package ``lrqdit-demo`` is not installed.
+    """
+    spec = importlib.util.find_spec("lrqdit_demo")
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            "the demo model is a package of its own and is not installed: pip install ./demo in a checkout of lrqdit, "
+            'or pip install "lrqdit[demo]"'
+        )
+    return Path(spec.origin).with_name("model")
+
+
 def run_demo(
     out: str | Path = "demo-out",
     presets: Sequence[str] = PRESETS,
     *,
-    model_folder: str | Path = MODEL_FOLDER,
+    model_folder: str | Path | None = None,
     steps: int = STEPS,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -60,7 +76,7 @@ def run_demo(
     Args:
         out: where to write; what an earlier demo wrote there is replaced.
         presets: what to quantize to.
-        model_folder: the pipeline to start from.
+        model_folder: the pipeline to start from; the demo model if not given.
         steps: denoising steps of the shown pictures, and at most of calibration, which every preset shares.
         show_progress: progress bars on stderr.
 
@@ -71,18 +87,14 @@ def run_demo(
         the original to the last picture, without the shared calibration.
 
     Raises:
-        ModelError: if the demo model is not there.
+        ModelError: if the demo model is not installed.
         ConfigError: for an unknown preset.
     """
-    out, model_folder = Path(out), Path(model_folder)
+    out = Path(out)
     for preset in presets:
         QuantizationConfig.from_name(preset)
         check_output_folder(out / preset, is_overwritten=True)
-    if not (model_folder / "model_index.json").is_file():
-        raise ModelError(
-            f"the demo model is not at {model_folder}: this copy of lrqdit came without it; install lrqdit from a full "
-            "checkout, or make the model with training/train_demo.py"
-        )
+    model_folder = find_model() if model_folder is None else Path(model_folder)
     out.mkdir(parents=True, exist_ok=True)
     generation: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE_SCALE, "show_progress": show_progress}
     original = load_pipeline(model_folder, device="cpu")
