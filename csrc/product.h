@@ -193,8 +193,8 @@ template <class Block> class PanelProduct<Block>::Task {
         while (__atomic_load_n(&chunk.ready, __ATOMIC_ACQUIRE) < wanted) yield();
     }
 
-    // Has memory fetched beside the products of the block of tokens at m, of which the next block will be read: the rounder's
-    // input if the thread prepares it, else codes.
+    // Has what the block of tokens after m will be read from fetched beside the products: the rounder's input if this thread
+    // prepares that block, else codes.
     void fetch_next(int64_t m, int64_t from, int64_t to, bool is_preparing) {
         const Rounder *rounder = product.rounder;
         const int64_t width = product.outputs.w.in_features, after = least(first + m + Block::TOKENS, product.rows);
