@@ -6,9 +6,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from lrqdit.packed.format import LinearFormat
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before anything imports Triton
@@ -19,6 +22,17 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel  # noqa: E402
 # two workers run side by side, so each has one thread; scripts/check_long asks for more (0: as many as torch takes)
 if threads := int(os.environ.get("LRQDIT_TEST_THREADS", "1")):
     torch.set_num_threads(threads)
+
+
+def linear_format(in_features: int, out_features: int, weight_bits: int, activation_bits: int, **rest) -> LinearFormat:
+    """The format of a layer, from its values side by side as a checkpoint has them."""
+    values = {"in_features": in_features, "out_features": out_features, "weight_bits": weight_bits}
+    return LinearFormat.from_dict({**values, "activation_bits": activation_bits, **rest})
+
+
+def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> SimpleNamespace:
+    """A linear layer as far as fitting goes."""
+    return SimpleNamespace(weight=weight, bias=bias)
 
 
 def build_tiny_pipeline(seed: int = 0) -> PixArtAlphaPipeline:

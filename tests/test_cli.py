@@ -148,28 +148,28 @@ def test_killed_run_continues_to_the_same_bytes(tiny_pipeline_folder, prompts, t
     succeed(*command, tmp_path / "whole")
 
     fitted: list[str] = []
-    original = job._quantize_group
+    original = job.Job._quantize
 
-    def killed(module, part, *rest):
+    def killed(self, part):
         if len(fitted) == 5:
             raise KeyboardInterrupt
         fitted.append(part.names[0])
-        return original(module, part, *rest)
+        return original(self, part)
 
-    monkeypatch.setattr(job, "_quantize_group", killed)
+    monkeypatch.setattr(job.Job, "_quantize", killed)
     assert run(*command, tmp_path / "killed")[0] != 0
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.partial").is_dir()
 
     resumed: list[str] = []
 
-    def counted(module, part, *rest):
+    def counted(self, part):
         resumed.append(part.names[0])
-        return original(module, part, *rest)
+        return original(self, part)
 
     def forbidden(*_):
         pytest.fail("calibrates again")
 
-    monkeypatch.setattr(job, "_quantize_group", counted)
+    monkeypatch.setattr(job.Job, "_quantize", counted)
     monkeypatch.setattr(lrqdit.calibration.observer.Observer, "__enter__", forbidden)
     succeed(*command, tmp_path / "killed")
     assert resumed and not set(resumed) & set(fitted)
@@ -216,7 +216,7 @@ def test_quantize_errors(tiny_pipeline_folder, quantized, prompts, tmp_path):
     assert "matches no linear layer" in quantize("--exclude", "no_such_layer", "--prompts", prompts)
     assert "not a regular expression" in quantize("--exclude", "(", "--prompts", prompts)
     assert "is not key=value" in quantize("--set", "colour=red")
-    assert "is not a bool" in quantize("--set", "is_clipped=perhaps")
+    assert "is not true or false" in quantize("--set", "is_clipped=perhaps")
     assert "is not a float" in quantize("--set", "smoothing_alpha=much")
     assert "dtype='int8'" in quantize("--dtype", "int8")
     assert "is not a device" in quantize("--device", "abacus")

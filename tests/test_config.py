@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrqdit import config
-from lrqdit.config import ACTIVATION_BITS, MODES, ROTATION_POLICIES, WEIGHT_BITS, QuantizationConfig
+from lrqdit.config import ACTIVATION_BITS, MODES, WEIGHT_BITS, QuantizationConfig
 from lrqdit.errors import ConfigError, LrqditError
 from lrqdit.numerics import codebook
-from lrqdit.numerics.packing import PACKED_BITS
+from lrqdit.numerics.packing import PARTS
 from lrqdit.numerics.rotation import ROTATIONS
 
 
@@ -81,9 +81,9 @@ def test_it_is_frozen():
 
 
 def test_registries_agree():
-    assert WEIGHT_BITS == PACKED_BITS == codebook.BITS
-    assert set(ROTATIONS) <= set(ROTATION_POLICIES)
-    assert config.TABLE_SCOPES == codebook.SCOPES
+    assert tuple(PARTS) == WEIGHT_BITS
+    assert set(ROTATIONS) <= set(config.choices("rotation"))
+    assert config.choices("table_scope") == codebook.SCOPES
     assert QuantizationConfig().codebook in codebook.CODEBOOKS
     for mode, settings in MODES.items():
         assert QuantizationConfig.from_name("w4a8", mode).mode == mode and set(settings) <= set(

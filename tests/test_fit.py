@@ -1,13 +1,15 @@
 import pytest
 import torch
+from conftest import dense
 from torch import nn
 
 from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
 from lrqdit.fitting.compensate import measure_curvature
-from lrqdit.fitting.layer import keep_at_8_bits, quantize_linear
+from lrqdit.fitting.layer import FittedInput, quantize_linear, quantize_without_data
 from lrqdit.fitting.transform import choose_transform, data_free_transform, gaussian_clip
+from lrqdit.models.registry import Treatment
 from lrqdit.numerics import codebook, rotation
 from lrqdit.numerics.tokens import dequantize_tokens, quantize_tokens
 
@@ -28,7 +30,8 @@ def fit(weight, x, bias=None, preset="w4a8", **settings):
     config = QuantizationConfig.from_name(preset, **settings)
     weight_bits, activation_bits = config.weight_bits, config.activation_bits
     transform, report = choose_transform({"layer": weight}, observe(x), config, weight_bits, activation_bits)
-    return quantize_linear("layer", weight, bias, transform, config, weight_bits, activation_bits, weight.dtype), report
+    shared = FittedInput(transform, activation_bits)
+    return quantize_linear("layer", dense(weight, bias), shared, weight_bits, config), report
 
 
 def varying_error(layer, x, weight, bias=None):
@@ -44,7 +47,7 @@ def test_report_is_the_measured_error():
     assert report.error == pytest.approx(varying_error(layer, x, weight) ** 2, rel=1e-3)
     assert set(report.candidates) >= {"none", "hadamard", "none+smoothing", "hadamard+smoothing"}
     assert report.gain == pytest.approx(report.candidates["none"] / report.error)
-    assert layer.format.clip == report.clip < 1
+    assert layer.format.input.clip == report.clip < 1
     assert report.rms == pytest.approx(float(x.square().mean().sqrt()), rel=1e-5)
 
 
@@ -57,7 +60,7 @@ def test_the_best_candidate_is_chosen():
     assert report.error < 0.3 * report.candidates["none"]
     cheap = min(error for kind, error in report.candidates.items() if "outlier" not in kind)
     assert report.error <= cheap
-    assert layer.format.rotation == report.rotation and layer.format.has_scale
+    assert layer.format.input.rotation == report.rotation and layer.format.input.has_scale
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_the_best_candidate_is_chosen():
 )  # fmt: skip
 def test_rotation_policies(policy, scale, expected):
     layer, report = fit(random(24, 48, seed=1), scale * random(64, 48), rotation=policy, smoothing="never")
-    assert layer.format.rotation == report.rotation == expected and list(report.candidates) == [expected]
+    assert layer.format.input.rotation == report.rotation == expected and list(report.candidates) == [expected]
 
 
 def test_rotation_that_does_not_fit():
@@ -127,13 +130,13 @@ def test_clip():
 def test_token_levels():
     x, weight = random(400, 96), random(24, 96, seed=1)
     layer, _ = fit(weight, x, preset="w4a4", **FAST)
-    assert layer.format.token_levels == layer.input_transform.levels == "normal"
-    assert fit(weight, x, preset="w4a4", token_levels="uniform", **FAST)[0].format.token_levels == "uniform"
-    assert fit(weight, x, preset="w4a8", **FAST)[0].format.token_levels == "uniform"
+    assert layer.format.input.token_levels == layer.input_transform.levels == "normal"
+    assert fit(weight, x, preset="w4a4", token_levels="uniform", **FAST)[0].format.input.token_levels == "uniform"
+    assert fit(weight, x, preset="w4a8", **FAST)[0].format.input.token_levels == "uniform"
     coarse = torch.randint(-7, 8, (400, 96)).float()  # on a uniform grid already
     coarse[:, 0] = 7
     plain = {**FAST, "rotation": "none", "is_centred": False}
-    assert fit(weight, coarse, preset="w4a4", **plain)[0].format.token_levels == "uniform"
+    assert fit(weight, coarse, preset="w4a4", **plain)[0].format.input.token_levels == "uniform"
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(7, 13), random(7, 13).abs(), -random(7, 13).abs()])
@@ -169,7 +172,7 @@ def test_group_with_one_transform():
     transform, report = choose_transform(weights, observe(x), config, 4, 8)
     assert report.names == ["q", "k"]
     for name, weight in weights.items():
-        layer = quantize_linear(name, weight, None, transform, config, 4, 8, torch.float32)
+        layer = quantize_linear(name, dense(weight), FittedInput(transform, 8), 4, config)
         assert varying_error(layer, x, weight) < 0.2
 
 
@@ -210,7 +213,7 @@ def test_bad_weights(bad, leaf):
     getattr(layer, leaf).data.flatten()[7] = bad
     transform = data_free_transform(48, QuantizationConfig(), 8)
     with pytest.raises(NumericalError, match=rf"blocks\.3\.to_q\.{leaf} contains NaN or Inf"):
-        quantize_linear("blocks.3.to_q", layer.weight, layer.bias, transform, QuantizationConfig(), 4, 8, torch.float32)
+        quantize_linear("blocks.3.to_q", layer, FittedInput(transform, 8), 4, QuantizationConfig())
 
 
 @pytest.mark.parametrize("policy", ["auto", "threshold", "outlier", "none", "hadamard", "block_hadamard"])
@@ -242,8 +245,8 @@ def test_seed_changes_the_signs():
 
 def test_keep_at_8_bits():
     layer, x = nn.Linear(48, 24), random(9, 48)
-    kept = keep_at_8_bits("proj_out", layer, QuantizationConfig())
-    assert (kept.format.weight_bits, kept.format.activation_bits, kept.format.rotation) == (8, 16, "none")
+    kept = quantize_without_data("proj_out", layer, Treatment(8), QuantizationConfig())
+    assert (kept.format.weight_bits, kept.format.input.activation_bits, kept.format.input.rotation) == (8, 16, "none")
     y = layer(x)
     assert (kept(x) - y).norm() < 0.01 * y.norm()
     assert kept.format.table_rows == 0 and rotation.ROTATIONS
@@ -257,8 +260,8 @@ def test_compensated_rounding_is_used_when_asked_for():
     config = QuantizationConfig.from_name("w3a8", rounding="compensated")
     transform, report = choose_transform({"a": weight}, stats, config, 3, 8)
     curvature = measure_curvature(transform, stats, 8, config.damping)
-    layer = quantize_linear("a", weight, None, transform, config, 3, 8, torch.float32, None, curvature, report)
-    plain = quantize_linear("a", weight, None, transform, config, 3, 8, torch.float32)
+    layer = quantize_linear("a", dense(weight), FittedInput(transform, 8, curvature), 3, config, report)
+    plain = quantize_linear("a", dense(weight), FittedInput(transform, 8), 3, config)
     target = stats.tokens @ weight.T
     assert report.rounding["a"]["gptq"] < 0.5
     assert (layer(stats.tokens) - target).norm() < 0.7 * (plain(stats.tokens) - target).norm()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import linear_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -20,13 +21,14 @@ from torch.overrides import TorchFunctionMode
 
 import lrqdit
 from lrqdit import native
+from lrqdit.config import TRELLIS_BITS, WEIGHT_BITS
 from lrqdit.errors import KernelError
 from lrqdit.kernels import cpu as kernels
 from lrqdit.kernels import ops
-from lrqdit.numerics import rotation, trellis
-from lrqdit.numerics.packing import PACKED_BITS, pack, packed_shape
+from lrqdit.numerics import rotation
+from lrqdit.numerics.packing import pack
+from lrqdit.numerics.shapes import packed_shape
 from lrqdit.numerics.tokens import InputTransform, normal_lookup
-from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
 if native.LIBRARY is None:
@@ -57,7 +59,7 @@ def random_weight(out_features, in_features, bits, has_row_tables, has_bias=True
     """Arguments packed, table, row_scale, bias and bits of an operator."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator).to(torch.uint8)
-    is_trellis = is_trellis and bits in trellis.BITS
+    is_trellis = is_trellis and bits in TRELLIS_BITS
     rows = out_features if has_row_tables and not is_trellis else 1
     table = None
     if bits < 8:
@@ -106,7 +108,7 @@ def assert_prologue(x, arguments, bits, clip):
     tokens=st.integers(0, 12) | st.sampled_from([48, 65]),
     out_features=st.integers(1, 70),
     in_features=st.integers(1, 150),
-    bits=st.sampled_from(PACKED_BITS),
+    bits=st.sampled_from(WEIGHT_BITS),
     has_row_tables=st.booleans(),
     has_bias=st.booleans(),
     is_trellis=st.booleans(),
@@ -125,7 +127,7 @@ def test_quantized_linear_gives_the_bits_of_the_reference(
         assert y.dtype == dtype and torch.equal(y, expected), isa
 
 
-@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_quantized_linear_of_wide_layers(bits):
     """Inputs in several splits, tokens in several chunks, channels in several groups."""
     for tokens, out_features, in_features in [(3, 20, 7000), (9, 70, 7001), (530, 40, 64), (20, 700, 96)]:
@@ -206,7 +208,7 @@ def test_a_token_that_is_not_finite_stays_so_and_alone(kind, value):
 
 
 @pytest.mark.parametrize("kind", ["none", *list(rotation.ROTATIONS)])
-@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_weight_only_linear(kind, bits):
     weight = random_weight(37, 48, bits, bits == 3, is_trellis=bits in (2, 4))
     arguments = transform_arguments(kind, 48)
@@ -433,7 +435,7 @@ def test_opcheck(isa):
 def random_layer(out_features, in_features, bits, activation_bits=8, kind="hadamard"):
     arguments = transform_arguments(kind, in_features)
     layer = QuantLinear(
-        LinearFormat(
+        linear_format(
             in_features, out_features, bits, activation_bits, rotation=kind, factors=tuple(arguments[3]),
             table_rows=int(bits < 8), has_offset=True, has_scale=True,
         )
@@ -473,7 +475,7 @@ def test_under_another_default_device():
 @pytest.mark.parametrize("activation_bits", [8, 16])
 def test_no_unpacked_copy(activation_bits):
     """4 MiB of packed codes; one int8 copy of the weight would take 8 more, float32 32."""
-    layer, x = QuantLinear(LinearFormat(4096, 2048, 4, activation_bits)), random(16, 4096)
+    layer, x = QuantLinear(linear_format(4096, 2048, 4, activation_bits)), random(16, 4096)
     layer.packed.random_()
 
     def peak():
@@ -576,7 +578,7 @@ def filled_layer(kind="hadamard", bits=4, activation_bits=8, levels="uniform", s
     factors, table_rows = tuple(rotation.build(24, kind).factors), int(bits < 8)
     rest = dict(clip=0.9, token_levels=levels, has_offset=True, has_scale=True)
     rest |= dict(table_rows=table_rows, is_trellis=bits == 3, rotation=kind, factors=factors)
-    layer = QuantLinear(LinearFormat(24, 20, bits, activation_bits, **rest))
+    layer = QuantLinear(linear_format(24, 20, bits, activation_bits, **rest))
     return fill_randomly(layer, kind, seed)
 
 

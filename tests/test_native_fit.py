@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from test_codebook import CASES, SCOPES, make_degenerate, make_gaussian
 
 from lrqdit import native
+from lrqdit.config import WEIGHT_BITS
 from lrqdit.errors import ConfigError, NumericalError
 from lrqdit.kernels import ops
 from lrqdit.numerics import codebook, rotation
 from lrqdit.numerics import tokens as activation
-from lrqdit.numerics.packing import PACKED_BITS, pack
+from lrqdit.numerics.packing import pack
 
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason="lrqdit was installed without its native library")
 KINDS = [*CASES, ("twin_log", 8)]
@@ -84,7 +85,7 @@ def test_any_weight(weight, choice, scope, has_importance):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (130, 33), (257, 700), (17, 1152), (9, 12288), (20000, 3)])
-@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_shapes(bits, shape):
     """Several blocks and parts, whole vectors and rests."""
     check_same(make_gaussian(*shape), bits, "twin_log", "layer", None)
@@ -106,7 +107,7 @@ def test_instruction_sets_and_threads(name, restored):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(PACKED_BITS), st.integers(1, 4), st.booleans(), st.integers(0, 1000))
+@given(st.sampled_from(WEIGHT_BITS), st.integers(1, 4), st.booleans(), st.integers(0, 1000))
 def test_encode_with_any_table(bits, rows, has_tables, seed):
     """Ties, values beyond the outer levels, infinite quotients, rows of scale 0."""
     generator = torch.Generator().manual_seed(seed)

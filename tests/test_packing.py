@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrqdit.config import WEIGHT_BITS
 from lrqdit.errors import ConfigError
-from lrqdit.numerics.packing import PACKED_BITS, TILE, pack, packed_shape, unpack
+from lrqdit.numerics.packing import pack, unpack
+from lrqdit.numerics.shapes import TILE, packed_shape
 
 
 def random_codes(out_features, in_features, bits, seed=0):
@@ -35,7 +37,7 @@ def pack_slowly(codes, bits):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(PACKED_BITS), st.integers(0, 2**31))
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(WEIGHT_BITS), st.integers(0, 2**31))
 def test_round_trip(out_features, in_features, bits, seed):
     codes = random_codes(out_features, in_features, bits, seed)
     packed = pack(codes, bits)
@@ -43,7 +45,7 @@ def test_round_trip(out_features, in_features, bits, seed):
     assert torch.equal(unpack(packed, out_features, in_features, bits), codes)
 
 
-@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 @pytest.mark.parametrize("shape", [(16, 16), (33, 20), (7, 13), (1, 17)])
 def test_byte_layout(bits, shape):
     codes = random_codes(*shape, bits)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from conftest import dense, linear_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fit import fit, observe, random
@@ -11,7 +12,7 @@ from lrqdit import native
 from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError
-from lrqdit.fitting.layer import quantize_linear
+from lrqdit.fitting.layer import FittedInput, quantize_linear
 from lrqdit.fitting.transform import choose_transform
 from lrqdit.kernels import cpu as kernels
 from lrqdit.kernels import ops
@@ -40,7 +41,7 @@ def stats_of(x):
 def quantized(weight, x, bias=None, preset="w4a4", **changes):
     config = QuantizationConfig.from_name(preset, **{**FAST, **changes})
     transform, report = choose_transform({"layer": weight}, stats_of(x), config, config.weight_bits, 4)
-    layer = quantize_linear("layer", weight, bias, transform, config, config.weight_bits, 4, weight.dtype)
+    layer = quantize_linear("layer", dense(weight, bias), FittedInput(transform, 4), config.weight_bits, config)
     return layer, report
 
 
@@ -81,12 +82,12 @@ def test_the_leading_directions_are_found():
 def test_it_is_chosen_where_few_directions_hold_the_tokens():
     x, weight = tokens(), random(48, WIDTH, seed=9)
     layer, report = quantized(weight, x)
-    assert report.principal_rank == layer.format.principal_rank == 3  # a sixteenth of the narrower side
+    assert report.principal_rank == layer.format.input.principal_rank == 3  # a sixteenth of the narrower side
     assert report.error == report.candidates["hadamard+principal"] < 0.75 * report.candidates["hadamard"]
     flat, plain = quantized(weight, random(400, WIDTH))
-    assert flat.format.principal_rank == plain.principal_rank == 0 and "principal" not in flat.state_dict()
+    assert flat.format.input.principal_rank == plain.principal_rank == 0 and "principal" not in flat.state_dict()
     assert quantized(weight, x, principal_rank=0)[1].principal_rank == 0
-    assert fit(weight, x)[0].format.principal_rank == 0  # 8-bit tokens do not need it
+    assert fit(weight, x)[0].format.input.principal_rank == 0  # 8-bit tokens do not need it
     config = QuantizationConfig.from_name("w4a4", **FAST)
     _, report = choose_transform({"layer": weight}, observe(x), config, 4, 4)
     assert report.principal_rank == 0  # no second moment
@@ -172,7 +173,7 @@ def test_bad_ranks_are_refused():
 
 def bfloat16_layer(width, out_features, rank, activation_bits=8):
     """A layer of random weights and directions, and tokens for it."""
-    form = LinearFormat(
+    form = linear_format(
         width, out_features, 8, activation_bits, table_rows=0, principal_rank=rank, has_offset=True, has_scale=True
     )
     layer = QuantLinear(form, torch.bfloat16)

@@ -93,7 +93,7 @@ def test_a_module_nobody_has_seen(preset, limit):
     assert model.stages[0].wkv.shared_input is model.stages[0].wq.shared_input
     assert model.stages[0].wkv.format.weight_bits == report.config.weight_bits
     assert type(model.inlet) is nn.Linear  # embeds, and is small
-    assert model.proj_out.format.weight_bits == 8 and model.proj_out.format.activation_bits == 16
+    assert model.proj_out.format.weight_bits == 8 and model.proj_out.format.input.activation_bits == 16
     assert report.config.preset == preset and report.bytes_before == 4 * report.parameters_before
     assert [g.names for g in report.groups][0] == ["stages.0.wq", "stages.0.wkv"]
     assert report.to_dict()["layers"][0]["names"] == ["stages.0.wq", "stages.0.wkv"]
@@ -141,8 +141,8 @@ def test_paper_mode():
     y = run(model)
     lrqdit.quantize(model, "w4a8", mode="paper", forward_loop=run, show_progress=False, rotation_threshold=9.0)
     layer = model.stages[0].mend
-    assert layer.format.table_rows == 48 and layer.format.has_scale and not layer.format.has_offset
-    assert layer.format.clip == 1 and type(model.proj_out) is nn.Linear
+    assert layer.format.table_rows == 48 and layer.format.input.has_scale and not layer.format.input.has_offset
+    assert layer.format.input.clip == 1 and type(model.proj_out) is nn.Linear
     assert (run(model) - y).norm() < 0.2 * y.norm()
 
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from lrqdit.errors import RotationError
 from lrqdit.numerics import rotation
-from lrqdit.numerics.hadamard import hadamard_matrix, kronecker_factors
+from lrqdit.numerics.hadamard import hadamard_matrix
 from lrqdit.numerics.rotation import ROTATIONS, Rotation, build, zigzag_permutation
+from lrqdit.numerics.shapes import kronecker_factors
 
 TRANSFORMER_WIDTHS = [
     *(64, 96, 192, 288, 384, 864, 1024, 1152, 1408, 1536, 1920, 2048, 2240, 2304, 2432, 2816, 3072, 3360, 3840),

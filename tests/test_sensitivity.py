@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import build_tiny_pipeline
+from conftest import build_tiny_pipeline, linear_format
 from diffusers import DiffusionPipeline
 from test_quantize import FAST, assert_untouched, build, count_fits, random, run, snapshot, state_digest
 from tiny_models import build_model, run_model
@@ -16,7 +16,6 @@ from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError, NumericalError
 from lrqdit.fitting.bits import Probe, estimate
 from lrqdit.integrations import generation, pipelines
-from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
 MEASURED = {"sensitivity": "measured", **FAST}
@@ -179,7 +178,7 @@ def test_an_exact_estimate():
     stats.add_gradient("layer", gradient, x)
     changes = []
     for seed in range(200):
-        layer = QuantLinear(LinearFormat(8, 6, 8, 16, table_rows=0, has_bias=False, has_original_bias=False))
+        layer = QuantLinear(linear_format(8, 6, 8, 16, table_rows=0, has_bias=False, has_original_bias=False))
         layer.row_scale_bits.copy_(torch.ones(6).view(torch.int32))
         change = 0.5 * random(6, 8, seed=seed)
         layer.dequantize = lambda change=change: weight + change  # type: ignore[method-assign]

@@ -58,7 +58,7 @@ def test_layers_that_share_their_input():
     assert single.attn.to_k.format.input_from == "single_transformer_blocks.0.proj_mlp"
     assert single.proj_mlp.shared_input is single.attn.to_q.shared_input
     assert single.proj_out.format.input_from is None
-    assert single.norm.linear.format.activation_bits == 16 and single.norm.linear.format.weight_bits == 4
+    assert single.norm.linear.format.input.activation_bits == 16 and single.norm.linear.format.weight_bits == 4
     assert isinstance(model.x_embedder, QuantLinear) and model.x_embedder.format.weight_bits == 8
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrqdit import native
+from lrqdit.config import TRELLIS_BITS
 from lrqdit.errors import ConfigError
 from lrqdit.numerics import codebook, trellis
 
@@ -53,7 +54,7 @@ def test_no_path_is_better(rows, seed, spread):
 
 
 @pytest.mark.skipif(not ISAS, reason="no native library")
-@pytest.mark.parametrize("bits", trellis.BITS)
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
 def test_native_codes_are_those_of_the_reference(bits):
     isa, threads = native.LIBRARY.lrq_isa().decode(), torch.get_num_threads()
     try:
@@ -85,7 +86,7 @@ def test_error_of_gaussian_weights(bits, expected):
     assert found < 0.73 * error(codebook.fit(weight, bits), weight)
 
 
-@pytest.mark.parametrize("bits", trellis.BITS)
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
 def test_scaling_the_weight_scales_the_result(bits):
     weight = random(64, 48)
     found, large = fitted(weight, bits), fitted(weight * 1024, bits)
@@ -93,7 +94,7 @@ def test_scaling_the_weight_scales_the_result(bits):
     assert torch.equal(found.encode(weight), large.encode(weight * 1024))
 
 
-@pytest.mark.parametrize("bits", trellis.BITS)
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
 def test_special_rows(bits):
     """Zeros are exact, and one sign, one entry or huge rows stay finite."""
     weight = random(20, 48)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.machine import read_processor
 from lrqdit.app.demo import MODEL_FOLDER
+from lrqdit.config import TRELLIS_BITS
 from lrqdit.numerics import trellis
 from lrqdit.numerics.codebook import fit, relative_error
 
@@ -38,7 +39,7 @@ DEMO_WEIGHTS = 4_000_000
 def measure(weights: list[Tensor], bits: int, kind: str, scope: str) -> float:
     """Return the mean of the weights' relative errors; scope "trellis" doubles the levels of the layer's table,
     up to 5 bits."""
-    errors, is_trellis = [], scope == "trellis" and bits in trellis.BITS
+    errors, is_trellis = [], scope == "trellis" and bits in TRELLIS_BITS
     for weight in weights:
         levels = fit(weight, bits, kind, scope="layer" if scope == "trellis" else scope)
         errors.append(relative_error(weight, trellis.expand(levels, weight) if is_trellis else levels))

@@ -25,6 +25,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,14 @@ from benchmarks.methods.recipes import RECIPES
 from benchmarks.methods.simulate import simulate
 from benchmarks.quality import bench_captions
 from lrqdit.app import demo
-from lrqdit.calibration.runs import RunFolder, fingerprint
+from lrqdit.calibration.runs import RunFolder, describe_run
 from lrqdit.calibration.statistics import ActivationStats, InputGroup
 from lrqdit.calibration.steps import Calibration
 from lrqdit.config import QuantizationConfig
 from lrqdit.evaluation import metrics as evaluate
 from lrqdit.evaluation.tables import picture_grid
 from lrqdit.fitting.compensate import measure_curvature
-from lrqdit.fitting.layer import quantize_linear
+from lrqdit.fitting.layer import FittedInput, quantize_linear
 from lrqdit.fitting.transform import choose_transform
 from lrqdit.integrations import generation, pipelines
 from lrqdit.models import prompts
@@ -189,7 +190,7 @@ class Bench:
             modules = pipelines.denoisers(self.original)
             values = {**self.setup(), "prompts": self.calibration_prompts}
             folders = {
-                name: RunFolder(self.work / name, fingerprint(values, module=module))
+                name: RunFolder(self.work / name, describe_run(module, setup=values))
                 for name, module in modules.items()
             }
             kept = {name: folder.load_calibration() for name, folder in folders.items()}
@@ -370,9 +371,9 @@ def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> l
                     curvature = None
                     if config.rounding == "compensated":
                         curvature = measure_curvature(transform, stats, both[1], config.damping)
-                    layer: nn.Module = quantize_linear(
-                        "layer", weight, None, transform, config, *both, torch.float32, None, curvature, report
-                    )
+                    shared = FittedInput(transform, both[1], curvature)
+                    dense = SimpleNamespace(weight=weight, bias=None)
+                    layer: nn.Module = quantize_linear("layer", dense, shared, both[0], config, report)
                     true_bits = packages.stored_bits(layer) / weight.numel()
                 else:
                     model = nn.Sequential(nn.Linear(width, height, bias=False))

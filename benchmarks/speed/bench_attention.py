@@ -92,7 +92,8 @@ def main() -> None:
     ratios = [row["ratio_to_torch"] for row in rows]
     mean = math.exp(statistics.fmean(map(math.log, ratios)))
     print(f"\n{mean:.2f} x as fast as torch's (geometric mean; {min(ratios):.2f} to {max(ratios):.2f})")
-    result = {"threads": arguments.threads, "peak_gflops": peak / 1e9, "shapes": rows}
+    machine = {"processor": read_processor(), "threads": arguments.threads}
+    result = {"machine": machine, "threads": arguments.threads, "peak_gflops": peak / 1e9, "shapes": rows}
     print(json.dumps({**result, "geometric_mean": mean, "smallest": min(ratios)}))
 
 

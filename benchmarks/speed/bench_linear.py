@@ -230,7 +230,9 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
                 print(f"  {name}: not installed ({error.name})")
             except Exception as error:  # a peer that fails must not end the benchmark, and is named
                 print(f"  {name}: failed ({type(error).__name__}: {str(error)[:100]})")
-    rotations = ", ".join(f"{layer.format.rotation} {layer.format.factors} ({p})" for p, layer in ours.items())
+    rotations = ", ".join(
+        f"{layer.format.input.rotation} {layer.format.input.factors} ({p})" for p, layer in ours.items()
+    )
     print(f"\nM, K, N = {rows}, {in_features}, {out_features}; rotations {rotations}")
     base = times["bfloat16 F.linear"]
     for name, seconds_each in times.items():
@@ -248,8 +250,8 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
             {
                 "shape": list(shape),
                 "preset": preset,
-                "rotation": ours[preset].format.rotation,
-                "factors": list(ours[preset].format.factors),
+                "rotation": ours[preset].format.input.rotation,
+                "factors": list(ours[preset].format.input.factors),
                 "ratio_to_bf16": base / whole,
                 "cold_ratio_to_bf16": cold["bfloat16 F.linear"] / cold[f"ours {preset}"] if cold else None,
                 "ratio_to_fp32": times["float32 F.linear"] / whole,
@@ -285,7 +287,8 @@ def main() -> None:
         for shape in SHAPES[group]:
             layers += measure_shape(shape, presets, arguments.seconds, not arguments.without_peers)
     large = [layer["ratio_to_bf16"] for layer in layers if layer["shape"][0] >= 1024]
-    summary = {"threads": arguments.threads, "isa": native.describe()[0], "buffers_reused": is_kept}
+    machine = {"processor": read_processor(), "threads": arguments.threads}
+    summary = {"machine": machine, "threads": arguments.threads, "isa": native.describe()[0], "buffers_reused": is_kept}
     if large:
         summary |= {"geometric_mean": statistics.geometric_mean(large), "smallest": min(large)}
         print(

@@ -19,12 +19,18 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any
+import types
+import typing
+from typing import Any, Literal
 
 from lrqdit.errors import ConfigError
 
-WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
-ACTIVATION_BITS = (4, 6, 8, 16)
+WeightBits = Literal[2, 3, 4, 5, 6, 8]
+ActivationBits = Literal[4, 6, 8, 16]
+WEIGHT_BITS: tuple[int, ...] = typing.get_args(WeightBits)
+TRELLIS_BITS = (2, 3, 4, 5)  # weight bits whose codes may be a path through a trellis
+ACTIVATION_BITS: tuple[int, ...] = typing.get_args(ActivationBits)
+PIPELINE_COMPONENTS = ("transformer", "transformer_2")  # of a diffusers pipeline: the modules that denoise
 MODES: dict[str, dict[str, Any]] = {
     "auto": {},
     "paper": {
@@ -41,27 +47,14 @@ MODES: dict[str, dict[str, Any]] = {
         "principal_rank": 0,
     },
 }
-ROTATION_POLICIES = ("auto", "threshold", "none", "hadamard", "block_hadamard", "outlier")
-SMOOTHING_POLICIES = ("auto", "always", "never")
-TABLE_SCOPES = ("layer", "row")
-CODINGS = ("auto", "scalar", "trellis")
-TOKEN_LEVEL_POLICIES = ("auto", "uniform", "normal")
-ROUNDING_POLICIES = ("nearest", "compensated")
-HESSIANS = ("output", "input")
-SENSITIVITIES = ("gradient", "measured", "none")
-_KINDS: dict[str, Any] = {
-    "codebook": str,
-    "rotation_threshold": (int, float),
-    "smoothing_alpha": (int, float),
-    "is_centred": bool,
-    "is_clipped": bool,
-    "damping": (int, float),
-    "moment_gib": (int, float),
-    "calibration_tokens": int,
-    "principal_rank": int,
-    "seed": int,
+_KIND_NAMES = {
+    str: "a name",
+    float: "a number",
+    float | None: "a positive number of bits per parameter, or None",
+    bool: "true or false",
+    int: "a whole number",
+    tuple[str, ...]: "a list of regular expressions",
 }
-_KIND_NAMES = {str: "a name", (int, float): "a number", bool: "true or false", int: "a whole number"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,51 +101,34 @@ class QuantizationConfig:
         ConfigError: for any value outside the above.
     """
 
-    weight_bits: int = 4
-    activation_bits: int = 8
+    weight_bits: WeightBits = 4
+    activation_bits: ActivationBits = 8
     average_bits: float | None = None
-    sensitivity: str = "gradient"
-    mode: str = "auto"
+    sensitivity: Literal["gradient", "measured", "none"] = "gradient"
+    mode: Literal["auto", "paper"] = "auto"
     codebook: str = "twin_log"
-    table_scope: str = "layer"
-    coding: str = "auto"
-    rotation: str = "auto"
+    table_scope: Literal["layer", "row"] = "layer"
+    coding: Literal["auto", "scalar", "trellis"] = "auto"
+    rotation: Literal["auto", "threshold", "none", "hadamard", "block_hadamard", "outlier"] = "auto"
     rotation_threshold: float = 1.0
-    smoothing: str = "auto"
+    smoothing: Literal["auto", "always", "never"] = "auto"
     smoothing_alpha: float = 0.5
     is_centred: bool = True
     is_clipped: bool = True
-    token_levels: str = "auto"
-    rounding: str = "compensated"
-    hessian: str = "output"
+    token_levels: Literal["auto", "uniform", "normal"] = "auto"
+    rounding: Literal["nearest", "compensated"] = "compensated"
+    hessian: Literal["output", "input"] = "output"
     principal_rank: int = 24
     damping: float = 0.03
     moment_gib: float = 16.0
-    keep_bits: int = 8
+    keep_bits: Literal[8, 16] = 8
     exclude: tuple[str, ...] = ()
     calibration_tokens: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise ConfigError(f"exclude={self.exclude!r} is not a list of regular expressions")
+        check_types(self)
         object.__setattr__(self, "exclude", tuple(self.exclude))
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise ConfigError(f"{name}={value!r} is not {_KIND_NAMES[kind]}")
-        _check_choice("weight_bits", self.weight_bits, WEIGHT_BITS)
-        _check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
-        _check_choice("mode", self.mode, tuple(MODES))
-        _check_choice("table_scope", self.table_scope, TABLE_SCOPES)
-        _check_choice("coding", self.coding, CODINGS)
-        _check_choice("rotation", self.rotation, ROTATION_POLICIES)
-        _check_choice("smoothing", self.smoothing, SMOOTHING_POLICIES)
-        _check_choice("token_levels", self.token_levels, TOKEN_LEVEL_POLICIES)
-        _check_choice("rounding", self.rounding, ROUNDING_POLICIES)
-        _check_choice("hessian", self.hessian, HESSIANS)
-        _check_choice("keep_bits", self.keep_bits, (8, 16))
-        _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         if not 0 <= self.principal_rank <= 256:
             raise ConfigError(f"principal_rank={self.principal_rank} must be 0 (none) to 256")
         if self.coding == "trellis" and (self.table_scope != "layer" or self.codebook == "minmax"):
@@ -160,9 +136,9 @@ class QuantizationConfig:
                 f"coding='trellis' needs one table per layer, but table_scope={self.table_scope!r} and "
                 f"codebook={self.codebook!r} have one per row; set table_scope='layer' and another codebook"
             )
-        if (bits := self.average_bits) is not None:
-            if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
-                raise ConfigError(f"average_bits={bits!r} is not a positive number of bits per parameter")
+        if self.average_bits is not None:
+            if not 0 < self.average_bits < math.inf:
+                raise ConfigError(f"average_bits={self.average_bits!r} is not a positive number of bits per parameter")
             if self.sensitivity == "none":
                 raise ConfigError(
                     "average_bits gives layers different bits, but sensitivity='none' (the default in mode 'paper') "
@@ -206,7 +182,7 @@ class QuantizationConfig:
                 f"preset {name!r} is not of the form w<bits>a<bits>; use w4a8, w3a8 or another of weight bits "
                 f"{WEIGHT_BITS} and activation bits {ACTIVATION_BITS}"
             )
-        _check_choice("mode", mode, tuple(MODES))
+        _check_type("mode", mode, Literal["auto", "paper"])
         settings = {"weight_bits": int(match[1]), "activation_bits": int(match[2]), "mode": mode, **MODES[mode]}
         return cls.from_dict({**settings, **changes})
 
@@ -227,6 +203,33 @@ class QuantizationConfig:
         return json.dumps(self.to_dict(), sort_keys=True)
 
 
-def _check_choice(name: str, value: object, allowed: tuple) -> None:
-    if isinstance(value, bool) or value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not supported; use one of {', '.join(map(str, allowed))}")
+def choices(name: str) -> tuple:
+    """The values that a setting of :class:`QuantizationConfig` may have."""
+    return typing.get_args(typing.get_type_hints(QuantizationConfig)[name])
+
+
+def check_types(record: Any) -> None:
+    """Raise :class:`ConfigError` for a field of a dataclass whose value is not of the type that it declares."""
+    for field in dataclasses.fields(record):
+        _check_type(field.name, getattr(record, field.name), field.type)
+
+
+def _check_type(name: str, value: object, kind: Any) -> None:
+    if not _is_of(value, kind):
+        if typing.get_origin(kind) is Literal:
+            allowed = ", ".join(map(str, typing.get_args(kind)))
+            raise ConfigError(f"{name}={value!r} is not supported; use one of {allowed}")
+        raise ConfigError(f"{name}={value!r} is not {_KIND_NAMES.get(kind, kind)}")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return not isinstance(value, bool) and value in arguments
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, part) for part in arguments)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_is_of(part, arguments[0]) for part in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)

@@ -25,7 +25,7 @@ import lrqdit
 from lrqdit.app import demo as demo_module
 from lrqdit.app import doctor as doctor_module
 from lrqdit.app import inspection, memory, speed
-from lrqdit.config import MODES, QuantizationConfig
+from lrqdit.config import MODES, QuantizationConfig, choices
 from lrqdit.errors import ConfigError, LrqditError
 from lrqdit.evaluation import pages
 from lrqdit.evaluation import tables as report
@@ -351,10 +351,12 @@ def _parse_settings(pairs: list[str]) -> dict[str, Any]:
         key, separator, text = pair.partition("=")
         if not separator or key not in kinds:
             raise ConfigError(f"--set {pair!r} is not key=value with a key among {', '.join(kinds)}")
+        allowed = {"true": True, "false": False} if kinds[key] is bool else {str(c): c for c in choices(key)}
         try:
-            parsed[key] = {"true": True, "false": False}[text.lower()] if kinds[key] is bool else kinds[key](text)
+            parsed[key] = allowed[text.lower()] if allowed else kinds[key](text)
         except (KeyError, ValueError):
-            raise ConfigError(f"--set {pair!r}: {text!r} is not a {kinds[key].__name__}") from None
+            expected = " or ".join(allowed) or f"a {kinds[key].__name__}"
+            raise ConfigError(f"--set {pair!r}: {text!r} is not {expected}") from None
     return parsed
 
 

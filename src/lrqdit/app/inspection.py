@@ -5,12 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lrqdit.config import PIPELINE_COMPONENTS
 from lrqdit.errors import CheckpointError
 from lrqdit.integrations.pipelines import REPORT_FILE
-from lrqdit.models.registry import PIPELINE_COMPONENTS
 from lrqdit.packed.files import CONFIG_FILE, check_model_folder, check_pipeline_folder, read_json, tensor_headers
 from lrqdit.packed.format import FORMAT_NAME, LinearFormat, check_version
-from lrqdit.packed.linear import QuantLinear
 from lrqdit.packed.size import weight_file_bytes
 
 _DTYPE_NAMES = {"torch.uint8": "U8", "torch.int8": "I8", "torch.int16": "I16", "torch.int32": "I32"}
@@ -81,16 +80,14 @@ def _describe_model(
     others = dict(headers)
     for name, values in formats.items():
         layout = LinearFormat.from_dict(values)
-        layer_bytes = 0
-        for leaf, tensor in QuantLinear(layout, device="meta").state_dict().items():
-            expected = (_DTYPE_NAMES[str(tensor.dtype)], tuple(tensor.shape))
+        for leaf, (shape, dtype) in layout.buffers().items():
+            expected = dtype, shape
             if headers.get(f"{name}.{leaf}") != expected:
                 raise CheckpointError(
                     f"{part}: {name}.{leaf} should be {expected[0]} {list(expected[1])} by {CONFIG_FILE}, "
                     f"but the files hold {headers.get(f'{name}.{leaf}', 'no such tensor')}; copy the folder again"
                 )
             del others[f"{name}.{leaf}"]
-            layer_bytes += tensor.numel() * tensor.element_size()
         parameters += layout.in_features * layout.out_features + (
             layout.out_features if layout.has_original_bias else 0
         )
@@ -100,12 +97,12 @@ def _describe_model(
             "out_features": layout.out_features,
             "in_features": layout.in_features,
             "weight_bits": layout.weight_bits,
-            "activation_bits": layout.activation_bits,
+            "activation_bits": layout.input.activation_bits,
             "codebook": layout.codebook,
             "table_rows": layout.table_rows,
-            "rotation": layout.rotation,
-            "clip": layout.clip,
-            "size_bytes": layer_bytes,
+            "rotation": layout.input.rotation,
+            "clip": layout.input.clip,
+            "size_bytes": layout.size_bytes,
             "input_from": layout.input_from,
             "rms": reason.get("rms"),
             "error": reason.get("error"),

@@ -56,21 +56,19 @@ def replace_layers(module: nn.Module, config: QuantizationConfig) -> nn.Module:
 
     Each layer gets a Hadamard rotation with offset and scale; siblings that read the same tensor share them.
     """
-    selection = models.select_layers(module, config.exclude)
-    at_8_bits = models.layers_stored_at_8_bits(module, selection, config)
     owners: dict[tuple[str, int], str] = {}
-    for name in (*selection.quantized, *selection.weight_only, *at_8_bits):
-        dense = module.get_submodule(name)
-        weight_bits, activation_bits, options = config.weight_bits, config.activation_bits, {}
-        if name in at_8_bits:
-            weight_bits, activation_bits = 8, 16
+    for name, treatment in models.plan(module, config).items():
+        if treatment == models.KEPT:
+            continue
+        dense, options = module.get_submodule(name), {}
+        if not treatment.is_fitted:
             options = {"rotation": "none", "factors": (), "has_offset": False, "has_scale": False}
-        elif name in selection.weight_only:
-            weight_bits, activation_bits = max(4, config.weight_bits), 16
         owner = owners.setdefault(key, name) if (key := _shared_input(name)) else name
         if owner != name:
             options["input_from"] = owner
-        layer = random_layer(dense.in_features, dense.out_features, weight_bits, activation_bits, "meta", **options)
+        layer = random_layer(
+            dense.in_features, dense.out_features, treatment.weight_bits, treatment.activation_bits, "meta", **options
+        )
         if owner != name:
             layer.share_input(module.get_submodule(owner))
         module.set_submodule(name, layer)

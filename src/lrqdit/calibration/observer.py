@@ -17,6 +17,7 @@ so that the result does not depend on the number of threads.
 """
 
 import copy
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -36,37 +37,43 @@ from lrqdit.errors import ModelError, NumericalError
 MAX_MOMENT_WIDTH = 16384
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What an observer keeps of what it sees.
+
+    Args:
+        reservoir_size: tokens kept per input.
+        seed: of the token choice.
+        moment_bytes: memory for second moments, given to the inputs in the order in which they are first seen.
+        held_out_every: if not 0, every so many calls of the module one is held out.
+        gradient_every: if not 0, every so many calls of the module one is differentiated, unless it is held out.
+    """
+
+    reservoir_size: int
+    seed: int
+    moment_bytes: int = 0
+    held_out_every: int = 0
+    gradient_every: int = 0
+
+
 class Observer:
     """Context manager that watches the inputs of named linear layers.
 
     Args:
         module: the model.
         names: layers to watch.
-        reservoir_size: tokens kept per input.
-        seed: seed of the token choice.
-        moment_bytes: memory for second moments, given to the inputs in the order in which they are first seen.
-        held_out_every: if not 0, every so many calls of the module one is held out.
-        gradient_every: if not 0, every so many calls of the module one is differentiated, unless it is held out.
+        sampling: what is kept.
 
     Attributes:
         is_held_out: set while what runs shall be held out from the second moments.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        names: tuple[str, ...],
-        reservoir_size: int,
-        seed: int,
-        moment_bytes: int = 0,
-        held_out_every: int = 0,
-        gradient_every: int = 0,
-    ) -> None:
-        self._module, self._held_out_every, self._calls = module, held_out_every, 0
-        self._gradient_every, self._is_differentiating, self._gradient_calls = gradient_every, False, 0
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, module: nn.Module, names: tuple[str, ...], sampling: Sampling) -> None:
+        self._module, self._sampling, self._calls = module, sampling, 0
+        self._gradient_every, self._is_differentiating, self._gradient_calls = sampling.gradient_every, False, 0
+        self._generator = torch.Generator().manual_seed(sampling.seed)
         self._layers = {name: module.get_submodule(name) for name in names}
-        self._reservoir_size, self._seed, self._moment_bytes_left = reservoir_size, seed, moment_bytes
+        self._moment_bytes_left = sampling.moment_bytes
         self.is_held_out = False
         self._group_of: dict[str, InputGroup] = {}
         self._last: tuple[weakref.ref, int, InputGroup] | None = None
@@ -74,11 +81,12 @@ class Observer:
 
     def _count_call(self, *_: object) -> None:
         if not self._is_differentiating:
-            self.is_held_out = self._calls % self._held_out_every == self._held_out_every - 1
+            every = self._sampling.held_out_every
+            self.is_held_out = self._calls % every == every - 1
             self._calls += 1
 
     def __enter__(self) -> "Observer":
-        if self._held_out_every:
+        if self._sampling.held_out_every:
             self._handles.append(self._module.register_forward_pre_hook(self._count_call))
         for name, layer in self._layers.items():
             self._handles.append(
@@ -148,11 +156,11 @@ class Observer:
                 self._group_of[name] = self._last[2]
             return
         if group is None:
-            seed = self._seed * 1_000_003 + len(self._group_of)
+            seed = self._sampling.seed * 1_000_003 + len(self._group_of)
             moment_bytes = (8 if self._gradient_every else 4) * x.shape[-1] ** 2
             has_moment = x.shape[-1] <= MAX_MOMENT_WIDTH and moment_bytes <= self._moment_bytes_left
             self._moment_bytes_left -= moment_bytes if has_moment else 0
-            group = InputGroup([name], ActivationStats(x.shape[-1], self._reservoir_size, seed, has_moment))
+            group = InputGroup([name], ActivationStats(x.shape[-1], self._sampling.reservoir_size, seed, has_moment))
         elif group.names[0] != name:  # it read its owner's tensor so far, and now does not: on its own from here on
             group.names.remove(name)
             group = InputGroup([name], copy.deepcopy(group.stats))

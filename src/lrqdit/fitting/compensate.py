@@ -17,6 +17,7 @@ The tokens of prompts that were held out decide, per layer, between this and pla
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -154,23 +155,37 @@ def round_weight(weight: Tensor, levels: Codebook, curvature: Curvature) -> tupl
     return *results[best], {kind: error / plain for kind, error in squared.items()}
 
 
-def compensate(weight: Tensor, levels: Codebook, curvature: Curvature) -> Tensor:
-    """GPTQ: codes uint8 of weight (out_features, in_features), the error update in blocks of columns."""
-    order, upper = curvature.order, curvature.upper
-    left = weight[:, order]
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    width = weight.shape[1]
-    for start in range(0, width, COLUMNS_PER_BLOCK):
+def gptq(weight: Tensor, order: Tensor, upper: Tensor, round_column: Callable[[Tensor, int], Tensor]) -> None:
+    """GPTQ (arXiv 2210.17323): columns are rounded one by one, each one's error made up for by those still to come.
+
+    Args:
+        weight: float32 (out_features, in_features); it is only read.
+        order: columns in the order in which they are rounded; upper: see :func:`factorize`.
+        round_column: from what a column shall be, (out_features, 1), and its index, to what it is rounded to. It keeps
+            what it needs.
+    """
+    left, width = weight[:, order], weight.shape[1]
+    for start in range(0, width, COLUMNS_PER_BLOCK):  # the error update of later columns in blocks
         stop = min(start + COLUMNS_PER_BLOCK, width)
-        errors = torch.empty(len(weight), stop - start)
-        for column in range(start, stop):
-            current = left[:, column : column + 1]
-            code = levels.encode(current)
-            error = (current - levels.decode(code)) / upper[column, column]
-            left[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
-            codes[:, order[column]] = code[:, 0]
-            errors[:, column - start] = error[:, 0]
+        errors = torch.empty(len(weight), stop - start, dtype=torch.float32)
+        for place in range(start, stop):
+            current = left[:, place : place + 1]
+            error = (current - round_column(current, int(order[place]))) / upper[place, place]
+            left[:, place + 1 : stop] -= error * upper[place, place + 1 : stop]
+            errors[:, place - start] = error[:, 0]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
+
+
+def compensate(weight: Tensor, levels: Codebook, curvature: Curvature) -> Tensor:
+    """Codes uint8 of a weight (out_features, in_features), rounded by :func:`gptq`."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+
+    def round_column(values: Tensor, column: int) -> Tensor:
+        code = levels.encode(values)
+        codes[:, column] = code[:, 0]
+        return levels.decode(code)
+
+    gptq(weight, curvature.order, curvature.upper, round_column)
     return codes
 
 

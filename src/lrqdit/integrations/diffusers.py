@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
-from lrqdit.fitting.layer import keep_at_8_bits, quantize_linear
-from lrqdit.fitting.transform import data_free_transform
-from lrqdit.models.registry import layers_stored_at_8_bits, select_layers
+from lrqdit.fitting.layer import quantize_without_data
+from lrqdit.models.registry import KEPT, Treatment, plan
 from lrqdit.packed import checkpoint
 from lrqdit.packed.files import check_safetensors
 from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, check_version
@@ -109,7 +108,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         if self.pre_quantized and not quantization_config.layers:
             raise CheckpointError("the checkpoint's quantization_config lists no layers; copy the folder again")
         self._dtype: torch.dtype | None = None
-        self._pending: dict[str, str] = {}
+        self._plan: dict[str, Treatment] = {}  # of layers that are still to come
 
     @property
     def is_serializable(self) -> bool:
@@ -161,17 +160,13 @@ class LRQDiTQuantizer(DiffusersQuantizer):
                     "; it is incomplete or belongs to another model"
                 )
             return
-        selection = select_layers(model, self.config.exclude)
-        kept = layers_stored_at_8_bits(model, selection, self.config)
-        self._pending = {name: "quantized" for name in selection.quantized}
-        self._pending |= {name: "weight_only" for name in selection.weight_only}
-        self._pending |= {name: "kept" for name in kept}
+        self._plan = {name: t for name, t in plan(model, self.config).items() if t != KEPT}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         owner, _, leaf = param_name.rpartition(".")
-        return owner in self._pending and leaf in ("weight", "bias")
+        return owner in self._plan and leaf in ("weight", "bias")
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any],
@@ -185,21 +180,13 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         setattr(layer, leaf, nn.Parameter(original.detach(), requires_grad=False))
         if layer.weight.is_meta or (layer.bias is not None and layer.bias.is_meta):
             return
-        treatment, config = self._pending.pop(owner), self.config
-        if treatment == "kept":
-            quantized = keep_at_8_bits(owner, layer, config)
-        else:
-            activation_bits = config.activation_bits if treatment == "quantized" else 16
-            weight_bits = config.weight_bits if treatment == "quantized" else max(4, config.weight_bits)
-            transform = data_free_transform(layer.in_features, config, activation_bits)
-            quantized = quantize_linear(
-                owner, layer.weight, layer.bias, transform, config, weight_bits, activation_bits, param_value.dtype
-            )
+        quantized = quantize_without_data(owner, layer, self._plan.pop(owner), self.config)
+        quantized._dtype_marker = quantized._dtype_marker.to(param_value.dtype)
         model.set_submodule(owner, quantized.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self._pending:
-            raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._pending))}; copy it again")
+        if self._plan:
+            raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._plan))}; copy it again")
         checkpoint.finish_layers(model)
         if self._dtype is None:
             self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

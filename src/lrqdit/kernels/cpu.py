@@ -17,7 +17,7 @@ from lrqdit import native
 from lrqdit.errors import KernelError
 from lrqdit.kernels import ops
 from lrqdit.numerics.hadamard import factor_matrix
-from lrqdit.numerics.packing import packed_shape
+from lrqdit.numerics.shapes import packed_shape
 from lrqdit.numerics.tokens import normal_lookup
 
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -215,7 +215,7 @@ class LayerCalls:
         self.format = layer.format
         self.transform = _TransformCall(x.new_empty(0, layer.in_features), *layer._input_arguments()).structure
         self.weight = _WeightCall(layer.in_features, *layer._weight_arguments()).structure
-        if layer.format.principal_rank:
+        if layer.format.input.principal_rank:
             self.directions = [layer._buffers[name].data_ptr() for name in PRINCIPAL_BUFFERS]
         self.references = [weakref.ref(b, self._forget) for b in buffers]
         self.buffers, self.addresses = [*map(id, buffers)], [*map(Tensor.data_ptr, buffers)]
@@ -223,7 +223,7 @@ class LayerCalls:
 
     def takes_principal(self, x: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> bool:
         """Whether the kernels take the principal part of x out and add what the weight makes of it."""
-        rank = self.format.principal_rank
+        rank = self.format.input.principal_rank
         is_bfloat16 = x.dtype == out_dtype == torch.bfloat16
         return is_bfloat16 and 0 < rank <= MAX_RANK and bool(native.LIBRARY.lrq_has_pairs())
 
@@ -231,7 +231,7 @@ class LayerCalls:
         """Codes and steps; with has_principal the coordinates of the principal part, too."""
         f, transform = self.format, self._transform(x)
         principal, coordinates = self._principal(transform.rows) if has_principal else (None, None)
-        codes, scale = _quantize(transform, f.activation_bits, f.clip, f.token_levels, principal)
+        codes, scale = _quantize(transform, f.input.activation_bits, f.input.clip, f.input.token_levels, principal)
         return codes, scale, coordinates
 
     def quantized_linear(
@@ -249,14 +249,14 @@ class LayerCalls:
         codes, scale = _empty_codes(transform)
         principal, coordinates = self._principal(transform.rows) if has_principal else (None, None)
         native_dtype, out = _empty_output(transform.rows, self.weight, out_dtype)
-        bits, lookup = _levels(f.activation_bits, f.token_levels)
+        bits, lookup = _levels(f.input.activation_bits, f.input.token_levels)
         last = codes.data_ptr(), scale.data_ptr(), out.data_ptr()
         how = TYPE_CODES[native_dtype], torch.get_num_threads()
-        native.call_plain("lrq_linear", transform, bits, f.clip, lookup, self.weight, principal, *how, *last)
+        native.call_plain("lrq_linear", transform, bits, f.input.clip, lookup, self.weight, principal, *how, *last)
         return (out if native_dtype == out_dtype else out.to(out_dtype)), codes, scale, coordinates
 
     def _principal(self, rows: int, coordinates: Tensor | None = None) -> tuple[native.Principal, Tensor]:
-        rank = self.format.principal_rank
+        rank = self.format.input.principal_rank
         if coordinates is None:
             coordinates = torch.empty(rows, rank + rank % 2, dtype=torch.bfloat16)
         elif coordinates.shape[1] % 2:  # torch's

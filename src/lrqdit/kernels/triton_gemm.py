@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lrqdit.kernels.ops import has_trellis
 from lrqdit.kernels.triton_prologue import transform_tokens
-from lrqdit.numerics.packing import TILE
+from lrqdit.numerics.shapes import TILE
 
 GROUP_M = 8  # blocks of tokens that share a weight tile in the L2 cache
 DECODE_BLOCK = 64, 128

@@ -22,7 +22,8 @@ from triton.runtime.errors import OutOfResources
 
 from lrqdit.kernels import ops
 from lrqdit.numerics import tokens as activation
-from lrqdit.numerics.hadamard import factor_matrix, has_hadamard_order
+from lrqdit.numerics.hadamard import factor_matrix
+from lrqdit.numerics.shapes import has_hadamard_order
 
 CPU = torch.device("cpu")
 LARGEST_AXIS = 128

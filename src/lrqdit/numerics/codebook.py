@@ -54,12 +54,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrqdit import native
+from lrqdit.config import WEIGHT_BITS
 from lrqdit.errors import ConfigError, NumericalError
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int8]
 
-BITS = (2, 3, 4, 5, 6, 8)
 SCOPES = ("layer", "row")
 BINS = 1024  # of each half of the histogram
 BLOCK_ROWS, BLOCK_ELEMENTS = 128, 1 << 18
@@ -221,7 +221,11 @@ def fit(
         ConfigError: an argument is not one of the allowed values, or a shape does not fit.
         NumericalError: weight or importance contains NaN or Inf, or importance is negative.
     """
-    for name, value, allowed in (("bits", bits, BITS), ("kind", kind, tuple(CODEBOOKS)), ("scope", scope, SCOPES)):
+    for name, value, allowed in (
+        ("bits", bits, WEIGHT_BITS),
+        ("kind", kind, tuple(CODEBOOKS)),
+        ("scope", scope, SCOPES),
+    ):
         if value not in allowed:
             raise ConfigError(f"codebook.fit: {name}={value!r} is not supported; use one of {allowed}")
     matrix = _read_matrix("fit", weight)

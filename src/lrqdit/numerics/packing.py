@@ -25,17 +25,10 @@ from torch import Tensor
 
 from lrqdit import native
 from lrqdit.errors import ConfigError
+from lrqdit.numerics.shapes import TILE, packed_shape
 
-TILE = 16
 # by bits, how many of them each part of a tile holds, the lowest first
 PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-PACKED_BITS = tuple(PARTS)
-
-
-def packed_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int, int]:
-    """Shape of the packed uint8 tensor: (output tiles, input tiles, bytes per tile)."""
-    _check_bits(bits)
-    return -(-out_features // TILE), -(-in_features // TILE), 32 * bits
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -91,11 +84,6 @@ def _groups(width: int) -> tuple[int, ...]:
 def _shifts(width: int, like: Tensor) -> Tensor:
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=like.device)
     return shifts if width == 1 else shifts[:, None]
-
-
-def _check_bits(bits: int) -> None:
-    if bits not in PACKED_BITS:
-        raise ConfigError(f"packing: bits={bits!r} is not supported; use one of {PACKED_BITS}")
 
 
 def _check_codes(codes: Tensor, largest: int, bits: int) -> None:

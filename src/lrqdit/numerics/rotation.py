@@ -24,20 +24,17 @@ import torch
 from torch import Tensor
 
 from lrqdit.errors import RotationError
-from lrqdit.numerics.hadamard import (
-    MAX_DCT_FACTOR,
-    MAX_HADAMARD_FACTOR,
+from lrqdit.numerics.hadamard import factor_matrix, kronecker_matrix
+from lrqdit.numerics.shapes import (
+    MAX_BLOCK,
+    check_factors,
     check_width,
     divisors,
-    factor_matrix,
-    has_hadamard_order,
     is_whole,
     kronecker_factors,
-    kronecker_matrix,
     merge_factors,
 )
 
-MAX_BLOCK = 128
 GREEDY_STEPS = 256
 SAMPLE_ROWS = 2048
 # With fewer rows (5 to 7, 9 to 11, ...) the bits of a CPU matrix product depend on the number of threads.
@@ -140,7 +137,7 @@ class Rotation:
         _check_kind("from_tensors", kind)
         check_width("from_tensors", in_features)
         factors = tuple(factors)
-        _check_factors(kind, in_features, factors)
+        check_factors(kind, in_features, factors)
         _check_tensors(kind, in_features, factors, tensors)
         return cls(kind, in_features, factors, **tensors)
 
@@ -388,25 +385,6 @@ def single_thread() -> Iterator[None]:
 def _check_kind(operation: str, kind: str) -> None:
     if kind not in ROTATIONS:
         raise RotationError(f"{operation}: unknown kind={kind!r}; use one of {', '.join(map(repr, ROTATIONS))}")
-
-
-def _check_factors(kind: str, in_features: int, factors: tuple[int, ...]) -> None:
-    is_valid = all(map(is_whole, factors)) and 0 not in factors
-    covered = math.prod(map(abs, factors)) if is_valid else 0
-    if kind == "hadamard":
-        is_valid = is_valid and (covered == in_features or covered < in_features <= 2 * covered)
-        is_valid = is_valid and all(-MAX_DCT_FACTOR <= factor <= MAX_HADAMARD_FACTOR for factor in factors)
-        is_valid = is_valid and all(factor < -1 or has_hadamard_order(factor) for factor in factors)
-    elif kind == "none":
-        is_valid = factors == ()
-    else:
-        is_valid = is_valid and len(factors) == 1 and 0 < factors[0] <= MAX_BLOCK and in_features % covered == 0
-        is_valid = is_valid and (kind == "outlier" or has_hadamard_order(covered))
-    if not is_valid:
-        raise RotationError(
-            f"from_tensors: factors={factors} do not make a {kind!r} rotation of in_features={in_features}; "
-            "pass the factors of the rotation that was stored"
-        )
 
 
 def _check_tensors(kind: str, in_features: int, factors: tuple[int, ...], tensors: dict[str, Tensor]) -> None:

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrqdit import native
+from lrqdit.config import TRELLIS_BITS
 from lrqdit.errors import ConfigError
 from lrqdit.numerics.codebook import SLOTS, Codebook, _read_matrix, _round_levels
 from lrqdit.numerics.packing import PARTS
 
-BITS = (2, 3, 4, 5)
 STATES, HISTORY = 64, 6
 STEPS_PER_SHIFT = 32  # after so many rows the smallest cost becomes 0 again
 UNREACHED = np.float32(1e30)
@@ -144,7 +144,7 @@ def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
     Raises:
         ConfigError: for more than 5 bits, or a table per row.
     """
-    if levels.bits not in BITS or len(levels.table) != 1:
+    if levels.bits not in TRELLIS_BITS or len(levels.table) != 1:
         raise ConfigError(
             f"trellis.expand: {levels.bits} bits with {len(levels.table)} tables; "
             "a trellis has one table of 2 to 5 bits"

@@ -47,18 +47,12 @@ def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype:
                 f"{type(module).__name__} has {'no such layer' if found is None else f'{found[0]} x {found[1]} there'}"
                 "; it belongs to another model"
             )
-        if layout.input_from is not None and not _is_same_input(layout, formats.get(layout.input_from)):
+        owner = layout if layout.input_from is None else formats.get(layout.input_from)
+        if owner is None or owner.input_from is not None or owner.input != layout.input:
             raise CheckpointError(
                 f"{name} shares the input of {layout.input_from}, which is not quantized or has another input transform"
             )
         module.set_submodule(name, QuantLinear(layout, dtype, device))
-
-
-def _is_same_input(layout: LinearFormat, owner: LinearFormat | None) -> bool:
-    names = "in_features", "activation_bits", "rotation", "factors", "clip", "token_levels", "has_offset", "has_scale"
-    return (
-        owner is not None and owner.input_from is None and all(getattr(owner, n) == getattr(layout, n) for n in names)
-    )
 
 
 def finish_layers(module: nn.Module) -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from lrqdit.numerics import trellis
-from lrqdit.numerics.hadamard import kronecker_factors
+from lrqdit.config import TRELLIS_BITS
+from lrqdit.numerics.shapes import kronecker_factors
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
@@ -16,12 +16,13 @@ def random_layer(
     in_features: int, out_features: int, weight_bits: int, activation_bits: int, device: Any = None, **options: Any
 ) -> QuantLinear:
     """A packed layer of random codes with offset, scale and Hadamard rotation; options: other fields of its format."""
-    transform = {
-        "rotation": "hadamard", "factors": kronecker_factors(in_features), "has_offset": True, "has_scale": True,
-        "table_rows": 0 if weight_bits == 8 else 1, "is_trellis": weight_bits in trellis.BITS,
+    values = {
+        "in_features": in_features, "out_features": out_features, "weight_bits": weight_bits,
+        "activation_bits": activation_bits, "rotation": "hadamard", "factors": kronecker_factors(in_features),
+        "has_offset": True, "has_scale": True, "table_rows": 0 if weight_bits == 8 else 1,
+        "is_trellis": weight_bits in TRELLIS_BITS,
     }  # fmt: skip
-    layout = LinearFormat(in_features, out_features, weight_bits, activation_bits, **{**transform, **options})
-    return fill_randomly(QuantLinear(layout, torch.bfloat16, device))
+    return fill_randomly(QuantLinear(LinearFormat.from_dict({**values, **options}), torch.bfloat16, device))
 
 
 def fill_randomly(layer: QuantLinear) -> QuantLinear:

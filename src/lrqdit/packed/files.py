@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lrqdit.errors import CheckpointError
-from lrqdit.packed import checkpoint
 
 WEIGHT_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -123,5 +122,5 @@ def write_atomically(path: Path, write: Any) -> None:
 def tensor_headers(folder: Path) -> Iterator[tuple[str, str, list[int]]]:
     """Name, safetensors dtype and shape of every tensor in a model folder, read from the files' headers only."""
     for path in sorted(Path(folder).glob("*.safetensors")):
-        for name, entry in checkpoint.check_safetensors(path).items():
+        for name, entry in check_safetensors(path).items():
             yield name, entry["dtype"], entry["shape"]

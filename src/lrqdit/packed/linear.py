@@ -17,11 +17,28 @@ from torch import Tensor, nn
 from lrqdit.errors import ModelError
 from lrqdit.kernels import cpu as kernels
 from lrqdit.kernels import ops
-from lrqdit.numerics.packing import pack, packed_shape
+from lrqdit.numerics.packing import pack
 from lrqdit.numerics.principal import LowRank, split
 from lrqdit.numerics.rotation import Rotation
 from lrqdit.numerics.tokens import InputTransform
-from lrqdit.packed.format import LinearFormat
+from lrqdit.packed.format import InputFormat, LinearFormat
+
+_BUFFER_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
+
+
+def describe_input(transform: InputTransform, activation_bits: int) -> InputFormat:
+    """The format of an input transform."""
+    return InputFormat(
+        transform.in_features,
+        activation_bits,
+        transform.rotation.kind,
+        transform.rotation.factors,
+        transform.clip,
+        transform.levels,
+        principal_rank=0 if transform.principal is None else len(transform.principal.codes),
+        has_offset=transform.input_offset is not None,
+        has_scale=transform.input_scale is not None,
+    )
 
 
 class SharedInput:
@@ -72,39 +89,12 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features = format.in_features, format.out_features
         self.shared_input = SharedInput(1)
         self.calls = kernels.LayerCalls()
-        packed = packed_shape(self.out_features, self.in_features, format.weight_bits)
-        self._declare("packed", packed, torch.uint8, device)
-        if format.table_rows:
-            levels = (2 if format.is_trellis else 1) << format.weight_bits
-            self._declare("table", (format.table_rows, levels), torch.int8, device)
-        self._declare("row_scale_bits", (self.out_features,), torch.int32, device)
-        if format.has_bias:
-            self._declare("bias_bits", (self.out_features,), torch.int32, device)
-        if format.principal_rank:
-            self._declare("outlet", (format.principal_rank, self.out_features), torch.int8, device)
-            self._declare("outlet_scale_bits", (format.principal_rank,), torch.int32, device)
-        for name, (shape, kind) in self._input_buffers().items():
-            self._declare(name, shape, kind, device, is_persistent=format.input_from is None)
+        stored = format.buffers()
+        for name, (shape, kind) in (format.weight_buffers() | format.input.buffers()).items():
+            buffer = torch.zeros(shape, dtype=_BUFFER_DTYPES[kind], device=device)
+            self.register_buffer(name, buffer, persistent=name in stored)
         marker = torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("_dtype_marker", marker, persistent=False)
-
-    def _declare(self, name: str, shape: tuple, dtype: torch.dtype, device: Any, is_persistent: bool = True) -> None:
-        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=is_persistent)
-
-    def _input_buffers(self) -> dict[str, tuple[tuple, torch.dtype]]:
-        buffers: dict[str, tuple[tuple, torch.dtype]] = {}
-        if self.format.has_offset:
-            buffers["input_offset_bits"] = (self.in_features,), torch.int16
-        if self.format.has_scale:
-            buffers["input_scale_bits"] = (self.in_features,), torch.int16
-        if self.format.principal_rank:
-            buffers["principal"] = (self.format.principal_rank, self.in_features), torch.int8
-            buffers["principal_scale_bits"] = (self.format.principal_rank,), torch.int32
-        if self.format.rotation == "outlier":
-            block = self.format.factors[0]
-            buffers["block1_bits"] = buffers["block2_bits"] = (block, block), torch.int32
-            buffers["permutation"] = (self.in_features,), torch.int32
-        return buffers
 
     def fill(
         self, codes: Tensor, table: Tensor | None, row_scale: Tensor, bias: Tensor | None, transform: InputTransform,
@@ -134,7 +124,7 @@ class QuantLinear(nn.Linear):
 
     def share_input(self, owner: "QuantLinear") -> None:
         """Read the same input transform as ``owner``, and reuse the codes it computes."""
-        for name in self._input_buffers():
+        for name in self.format.input.buffers():
             setattr(self, name, getattr(owner, name).to(self.packed.device))
         if self.shared_input is not owner.shared_input:
             owner.shared_input.readers += 1
@@ -165,17 +155,17 @@ class QuantLinear(nn.Linear):
     def input_transform(self) -> InputTransform:
         """The centring, smoothing, rotation and clip of this layer's input, as views of its buffers."""
         rotation = Rotation(
-            self.format.rotation, self.in_features, self.format.factors, None,
+            self.format.input.rotation, self.in_features, self.format.input.factors, None,
             self._float_view("block1_bits", torch.float32), self._float_view("block2_bits", torch.float32),
             self._buffers.get("permutation"),
         )  # fmt: skip
         offset, scale = (self._float_view(f"input_{name}_bits", torch.float16) for name in ("offset", "scale"))
         return InputTransform(
-            rotation, offset, scale, self.format.clip, self.format.token_levels, self._low_rank("principal")
+            rotation, offset, scale, self.format.input.clip, self.format.input.token_levels, self._low_rank("principal")
         )
 
     def _low_rank(self, name: str) -> LowRank | None:
-        if not self.format.principal_rank:
+        if not self.format.input.principal_rank:
             return None
         return LowRank(self._buffers[name], self._buffers[f"{name}_scale_bits"].view(torch.float32))
 
@@ -221,7 +211,7 @@ class QuantLinear(nn.Linear):
     def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         is_direct, principal = self.calls.prepare(x, self), None
         has_principal = is_direct and self.calls.takes_principal(x, out_dtype)  # inside the kernels
-        if self.format.activation_bits == 16:
+        if self.format.input.activation_bits == 16:
             if is_direct:
                 y = self.calls.weight_only_linear(x, out_dtype)
             else:
@@ -239,7 +229,7 @@ class QuantLinear(nn.Linear):
             principal = coordinates if has_principal else principal
             self.shared_input.put(x, codes, scale, principal)
         if principal is not None and not has_principal:
-            principal = principal[:, : self.format.principal_rank]  # a kernel has an even number of columns
+            principal = principal[:, : self.format.input.principal_rank]  # a kernel has an even number of columns
             y = y.addmm_(principal.to(out_dtype), self._low_rank("outlet").values.to(out_dtype))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
@@ -260,7 +250,7 @@ class QuantLinear(nn.Linear):
             else:
                 tokens, f = left.reshape(-1, self.in_features), self.format
                 codes, scale = ops.quantize_tokens(
-                    tokens, *self._input_arguments(), f.activation_bits, f.clip, f.token_levels
+                    tokens, *self._input_arguments(), f.input.activation_bits, f.input.clip, f.input.token_levels
                 )
         if is_eager:
             self.shared_input.put(x, codes, scale, principal)
@@ -268,7 +258,7 @@ class QuantLinear(nn.Linear):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What of x is rounded, and the coordinates of what is not, (tokens, principal_rank)."""
-        if not self.format.principal_rank:
+        if not self.format.input.principal_rank:
             return x, None
         t = self.input_transform
         return split(x.reshape(-1, self.in_features), t.principal, t.input_offset, t.input_scale)
@@ -288,8 +278,8 @@ class QuantLinear(nn.Linear):
         return (
             self._float_view("input_offset_bits", torch.float16),
             self._float_view("input_scale_bits", torch.float16),
-            self.format.rotation,
-            self.format.factors,
+            self.format.input.rotation,
+            self.format.input.factors,
             self._float_view("block1_bits", torch.float32),
             self._buffers.get("permutation"),
             self._float_view("block2_bits", torch.float32),
@@ -298,8 +288,8 @@ class QuantLinear(nn.Linear):
     def extra_repr(self) -> str:
         f = self.format
         return (
-            f"{f.in_features} -> {f.out_features}, w{f.weight_bits}a{f.activation_bits}, {f.codebook}, "
-            f"rotation={f.rotation}"
+            f"{f.in_features} -> {f.out_features}, w{f.weight_bits}a{f.input.activation_bits}, {f.codebook}, "
+            f"rotation={f.input.rotation}"
         )
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch import nn
 
-from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
 
@@ -65,12 +64,6 @@ def measure_size(module: nn.Module) -> SizeReport:
         kept_bits=8 * kept_bytes / parameters,
         low_bit_share=low_bit / parameters,
     )
-
-
-def layer_bytes(layout: LinearFormat) -> int:
-    """Bytes that a quantized layer of this format adds to a state dict."""
-    state = QuantLinear(layout, device="meta").state_dict()
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def weight_file_bytes(folder: Path) -> int:
