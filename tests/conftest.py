@@ -19,7 +19,9 @@ if not torch.cuda.is_available():
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel  # noqa: E402
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel  # noqa: E402
 
-torch.set_num_threads(1)
+# two workers run side by side, so each has one thread; scripts/check_long asks for more (0: as many as torch takes)
+if threads := int(os.environ.get("LRQDIT_TEST_THREADS", "1")):
+    torch.set_num_threads(threads)
 
 
 def linear_format(in_features: int, out_features: int, weight_bits: int, activation_bits: int, **rest) -> LinearFormat:
