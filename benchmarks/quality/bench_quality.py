@@ -42,7 +42,7 @@ from lrqdit.calibration.statistics import ActivationStats, InputGroup
 from lrqdit.calibration.steps import Calibration
 from lrqdit.config import QuantizationConfig
 from lrqdit.evaluation import metrics as evaluate
-from lrqdit.evaluation.tables import picture_grid
+from lrqdit.evaluation.pages import picture_grid
 from lrqdit.fitting.compensate import measure_curvature
 from lrqdit.fitting.layer import quantize_linear
 from lrqdit.fitting.transform import choose_transform

@@ -13,8 +13,8 @@ from torch import nn
 
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ModelError
+from lrqdit.models import PIPELINE_COMPONENTS
 
-PIPELINE_COMPONENTS = ("transformer", "transformer_2")
 SMALLEST_KEPT_WEIGHTS = 4096
 
 
