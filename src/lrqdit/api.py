@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
+from lrqdit import native
 from lrqdit.calibration.observer import Observer
 from lrqdit.calibration.runs import RunFolder, fingerprint
 from lrqdit.calibration.steps import Calibration, StepRecorder, recorded_steps
@@ -82,6 +83,7 @@ def quantize(
         NumericalError: for NaN or Inf in weights or calibration activations.
     """
     config = _build_config(preset, settings)
+    native.is_available()  # a library at fault is an error now, not after the calibration
     modules = _find_modules(target)
     for name, module in modules.items():
         diffusers_plugin.check_not_quantized(module, name)
