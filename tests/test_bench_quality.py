@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import json
 from types import SimpleNamespace
@@ -114,16 +113,24 @@ class FakeBench:
         return {"image_mse": 2.0, "true_bits": 4.5}
 
 
-def test_seeds_follow_the_places(bench, monkeypatch):
+def test_seeds_follow_the_places(bench):
+    class Scheduler:
+        def set_timesteps(self, count):
+            pass
+
+        def step(self, model_output):
+            return (model_output,)
+
     class Pipeline:
+        scheduler = Scheduler()
+
         def set_progress_bar_config(self, disable):
             pass
 
-        def __call__(self, prompt, generator, **_):
+        def __call__(self, prompt, generator, num_inference_steps, guidance_scale):
+            self.scheduler.step(torch.zeros(len(prompt), 1))
             return SimpleNamespace(images=[torch.randn(3, generator=g) for g in generator])
 
-    monkeypatch.setattr(bench.generation, "_recorded_latents", lambda _: contextlib.nullcontext([torch.zeros(16, 1)]))
-    monkeypatch.setattr(bench.models, "call_arguments", lambda _: {})
     every = bench.generate(Pipeline(), [f"caption {i}" for i in range(40)], 1, 1.0)
     some = bench.generate(Pipeline(), ["caption 7", "caption 33"], 1, 1.0, (7, 33))
     assert [sample.seed for sample in some] == [1007, 1033]

@@ -18,7 +18,8 @@ from lrqdit.calibration import runs
 from lrqdit.calibration.observer import Observer, Sampling
 from lrqdit.calibration.steps import Calibration, Call, Step
 from lrqdit.errors import CheckpointError
-from lrqdit.packed import checkpoint, files
+from lrqdit.packed import checkpoint, files, linear
+from lrqdit.packed.format import DTYPE_BYTES
 from lrqdit.packed.linear import QuantLinear
 
 
@@ -124,6 +125,35 @@ def test_nothing_to_save(tmp_path):
     with pytest.raises(CheckpointError, match="has no quantized layer to save"):
         lrqdit.save_checkpoint(build(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_files_and_folders_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino) or sync(descriptor))
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append((old.name, new.name)) or replace(old, new))
+    number = tmp_path.stat().st_ino
+    files.write_atomically(tmp_path / "file", lambda path: path.write_text("new"))
+    assert done == [(tmp_path / "file").stat().st_ino, ("file.partial", "file"), number]
+
+    done.clear()
+    folder = tmp_path / "folder"
+    for text in ("old", "new"):
+        files.write_folder_atomically(folder, lambda path, text=text: (path / "file").write_text(text))
+    synced = (folder / "file").stat().st_ino, folder.stat().st_ino
+    names = ("folder", "folder.replaced"), ("folder.writing", "folder")
+    assert tuple(done[-5:]) == (*synced, *names, number) and (folder / "file").read_text() == "new"
+
+    def fail(path):
+        (path / "file").write_text("half")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        files.write_folder_atomically(folder, fail)
+    assert (folder / "file").read_text() == "new" and sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_the_two_tables_of_dtypes_agree():
+    assert {name: dtype.itemsize for name, dtype in linear.DTYPES.items()} == DTYPE_BYTES
 
 
 def test_a_failed_save_leaves_no_half_file(saved, folder, monkeypatch):

@@ -1,19 +1,22 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
 import lrqdit
 import lrqdit.calibration.observer
-from lrqdit.app import demo, inspection, speed
+from lrqdit.app import demo, speed
 from lrqdit.app.cli import app
 from lrqdit.fitting import job
 from lrqdit.integrations import generation, pipelines
+from lrqdit.packed import files
 
 FAST = ["--set", "rotation=none", "--set", "smoothing=never", "--steps", "2"]
 
@@ -115,7 +118,7 @@ def test_a_picture_does_not_depend_on_the_others(tiny_pipeline_folder):
     alone = generation.generate_images(pipeline, ["b"], [6], **options)
     assert torch.equal(together[1].latents, alone[0].latents)
     assert together[1].picture.tobytes() == alone[0].picture.tobytes()
-    assert "step" not in vars(pipeline.scheduler)
+    assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
 
 
 def test_evaluate(quantized, tiny_pipeline_folder, prompts, tmp_path):
@@ -183,7 +186,7 @@ def test_without_calibration_kept_tensors_get_the_dtype_of_the_files(copy_of_pip
     out = tmp_path / "out"
     text = succeed("quantize", copy_of_pipeline, "--bits", "w4a16", "--no-calibration", "--out", out)
     assert "bits per parameter" in text and "J >= 1 at 0 of 20 layers" in text
-    kinds = {dtype for part in ("transformer", "vae") for _, dtype, _ in inspection.tensor_headers(out / part)}
+    kinds = {dtype for part in ("transformer", "vae") for _, dtype, _ in files.tensor_headers(out / part)}
     assert "F16" in kinds and "F32" not in kinds
     assert len(generation.generate_images(pipelines.load_pipeline(out, device="cpu"), ["a"], steps=2)) == 1
 
@@ -216,7 +219,8 @@ def test_quantize_errors(tiny_pipeline_folder, quantized, prompts, tmp_path):
     assert "not a regular expression" in quantize("--exclude", "(", "--prompts", prompts)
     assert "is not key=value" in quantize("--set", "colour=red")
     assert "is not true or false" in quantize("--set", "is_clipped=perhaps")
-    assert "is not a float" in quantize("--set", "smoothing_alpha=much")
+    assert "is not a number" in quantize("--set", "smoothing_alpha=much")
+    assert "is not a whole number" in quantize("--set", "seed=1.5")
     assert "dtype='int8'" in quantize("--dtype", "int8")
     assert "is not a device" in quantize("--device", "abacus")
     assert "quantized already" in quantize(model=quantized[0])
@@ -283,9 +287,27 @@ def test_demo_of_an_unknown_preset(tmp_path):
     assert "weight_bits=7" in fail("demo", "--bits", "w7a8", "--out", tmp_path)
 
 
-def test_help_and_version():
-    assert "quantize" in succeed("--help")
-    assert lrqdit.__version__ in succeed("--version")
+QUICK = """
+import sys
+import lrqdit
+heavy = {"diffusers", "numpy", "torch", "transformers"}
+assert not {"typer", *heavy} & set(sys.modules)
+from lrqdit.app.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    print(heavy & set(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "bench --help", "inspect"])
+def test_what_answers_at_once_imports_nothing_heavy(command, quantized):
+    folder = [str(quantized[0])] if command == "inspect" else []
+    command = [sys.executable, "-c", QUICK, *command.split(), *folder]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert child.stderr == "set()\n"
+    shown = {"--help": "quantize", "--version": lrqdit.__version__, "inspect": "bits per parameter"}
+    assert shown.get(command[3], "flux, pixart, wan") in child.stdout
 
 
 def test_doctor():

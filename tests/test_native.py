@@ -347,13 +347,13 @@ def test_choice_by_environment(variable, monkeypatch):
 
 def test_choice_of_nonsense(monkeypatch):
     monkeypatch.setenv(native.ENVIRONMENT, "nonsense")
-    with pytest.raises(KernelError, match=r"LRQDIT_KERNELS=nonsense: .*it may be reference, .*serial$"):
+    with pytest.raises(KernelError, match=r"LRQDIT_KERNELS=nonsense: .*; set one of reference, .*serial, or none$"):
         native._start()
 
 
 SCRIPT = """
 import sys, types
-package = types.ModuleType("lrqdit")  # without __init__.py, which imports diffusers
+package = types.ModuleType("lrqdit")  # without __init__.py
 package.__path__ = sys.argv[1:]
 sys.modules["lrqdit"] = package
 import torch

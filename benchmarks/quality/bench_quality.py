@@ -21,7 +21,6 @@ where it is installed and has the setting.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,13 +42,13 @@ from lrqdit.calibration.statistics import ActivationStats, InputGroup
 from lrqdit.calibration.steps import Calibration
 from lrqdit.config import QuantizationConfig
 from lrqdit.evaluation import metrics as evaluate
-from lrqdit.evaluation.tables import picture_grid
+from lrqdit.evaluation.pages import picture_grid
 from lrqdit.fitting.compensate import measure_curvature
 from lrqdit.fitting.layer import FittedInput, quantize_linear
 from lrqdit.fitting.transform import choose_transform
 from lrqdit.integrations import generation, pipelines
 from lrqdit.models import prompts
-from lrqdit.models import registry as models
+from lrqdit.packed.files import write_atomically
 from lrqdit.packed.size import measure_size
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.json"
@@ -82,18 +81,14 @@ def generate(
 ) -> list[generation.Sample]:
     """A picture for each prompt with a seed of its own, in batches; places: where some prompts stand among all."""
     samples, places = [], places or range(len(prompts))
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pil"}
-    call = {name: value for name, value in call.items() if value is not None} | models.call_arguments(pipeline)
-    pipeline.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         seeds = [SEED + place for place in places[start : start + BATCH]]
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        with generation._recorded_latents(pipeline) as latents, torch.no_grad():
-            images = pipeline(prompt=batch, generator=generators, **call).images
-        kept = latents[-1].detach().float().cpu()
+        output, latents = generation.call_pipeline(pipeline, batch, seeds, given)
         samples += [
-            generation.Sample(prompt, seeds[i], (images[i],), kept[i : i + 1]) for i, prompt in enumerate(batch)
+            generation.Sample(prompt, seeds[i], (output.images[i],), latents[i : i + 1])
+            for i, prompt in enumerate(batch)
         ]
     return samples
 
@@ -430,9 +425,7 @@ def draw_pictures(args: argparse.Namespace) -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1))
-    os.replace(partial, path)
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(results, indent=1)))
 
 
 def main() -> None:

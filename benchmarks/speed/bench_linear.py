@@ -221,7 +221,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
     with torch.no_grad():
         times = measure(contenders, seconds)
         cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
-        peak = native.measure_peak() if native.LIBRARY is not None else math.nan
+        peak = native.measure_peak() if native.is_available() else math.nan
         ratios, own = {}, {"ours": contenders[f"ours {presets[0]}"]}
         for name, build in PEERS.items() if has_peers else ():
             try:

@@ -12,10 +12,11 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
+from lrqdit import native
 from lrqdit.calibration.observer import Observer, Sampling
 from lrqdit.calibration.runs import RunFolder, describe_run
 from lrqdit.calibration.steps import Calibration, StepRecorder, recorded_steps
-from lrqdit.config import PIPELINE_COMPONENTS, QuantizationConfig
+from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError
 from lrqdit.fitting.bits import Probe, Rest, check_budget
 from lrqdit.fitting.job import Job
@@ -24,6 +25,7 @@ from lrqdit.fitting.reports import CalibrationReport, GroupReport
 from lrqdit.integrations import diffusers as diffusers_plugin
 from lrqdit.integrations.generation import pipeline_loop
 from lrqdit.kernels import cpu_attention as attention
+from lrqdit.models import PIPELINE_COMPONENTS
 from lrqdit.models import registry as models
 from lrqdit.models.prompts import CALIBRATION_PROMPTS
 from lrqdit.numerics.codebook import CODEBOOKS
@@ -81,6 +83,7 @@ def quantize(
         NumericalError: for NaN or Inf in weights or calibration activations.
     """
     config = _build_config(preset, settings)
+    native.is_available()  # a library at fault is an error now, not after the calibration
     modules, dtypes = _find_modules(target), stored_dtypes or {}
     for name, module in modules.items():
         diffusers_plugin.check_not_quantized(module, name)

@@ -30,7 +30,6 @@ ActivationBits = Literal[4, 6, 8, 16]
 WEIGHT_BITS: tuple[int, ...] = typing.get_args(WeightBits)
 TRELLIS_BITS = (2, 3, 4, 5)  # weight bits whose codes may be a path through a trellis
 ACTIVATION_BITS: tuple[int, ...] = typing.get_args(ActivationBits)
-PIPELINE_COMPONENTS = ("transformer", "transformer_2")  # of a diffusers pipeline: the modules that denoise
 MODES: dict[str, dict[str, Any]] = {
     "auto": {},
     "paper": {

@@ -16,7 +16,7 @@ from lrqdit.api import observe, quantize
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ModelError
 from lrqdit.evaluation.metrics import compare
-from lrqdit.evaluation.tables import picture_grid
+from lrqdit.evaluation.pages import picture_grid
 from lrqdit.integrations.generation import generate_images
 from lrqdit.integrations.pipelines import check_output_folder, denoiser_file_bytes, load_pipeline, save_quantized
 

@@ -10,16 +10,12 @@ from torch import nn
 
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError
+from lrqdit.models import KNOWN_MODELS, PIPELINE_COMPONENTS
 from lrqdit.models import registry as models
 from lrqdit.packed.dummy import random_layer
 from lrqdit.packed.files import CONFIG_FILE, read_json
 from lrqdit.packed.size import measure_size
 
-KNOWN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "pixart": ("PixArtTransformer2DModel", {"sample_size": 128, "num_layers": 28, "caption_channels": 4096}),
-    "wan": ("WanTransformer3DModel", {}),
-}
 SHARED_INPUTS = (("to_q", "to_k", "to_v", "proj_mlp"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 
 
@@ -36,7 +32,7 @@ def build_model(model: str) -> nn.Module:
         class_name, arguments = KNOWN_MODELS[model]
     else:
         folder = Path(model)
-        parts = [folder, *(folder / name for name in models.PIPELINE_COMPONENTS)]
+        parts = [folder, *(folder / name for name in PIPELINE_COMPONENTS)]
         found = next((part for part in parts if (part / CONFIG_FILE).exists()), None)
         if found is None:
             raise ConfigError(

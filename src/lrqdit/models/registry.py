@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from lrqdit.config import PIPELINE_COMPONENTS, WEIGHT_BITS, QuantizationConfig
+from lrqdit.config import WEIGHT_BITS, QuantizationConfig
 from lrqdit.errors import ModelError
-from lrqdit.models import families
+from lrqdit.models import PIPELINE_COMPONENTS, families
 from lrqdit.models.spec import ModelSpec
 
 SMALLEST_KEPT_WEIGHTS = 4096  # a kept layer of fewer weights stays as it is

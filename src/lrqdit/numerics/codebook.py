@@ -95,7 +95,7 @@ class Codebook:
         decided on w / row_scale rounded to float32. A row of scale 0 decodes to 0 whatever its codes are.
         """
         self._check_rows("encode", weight)
-        if native.LIBRARY is not None and weight.device.type == "cpu" and weight.numel():
+        if weight.device.type == "cpu" and weight.numel() and native.is_available():
             return self._encode_natively(weight.detach().float().contiguous())
         slots = weight.detach().float() / torch.where(self.row_scale == 0, 1.0, self.row_scale)[:, None]
         slots = slots.mul_(2).floor_().clamp_(-SLOTS // 2, SLOTS // 2 - 1).add_(SLOTS // 2)
@@ -300,7 +300,7 @@ def _find_bins(units: Floats) -> NDArray[np.int64]:
 
 def _count_rows(rows: NDArray[np.float32], columns: Floats) -> tuple[Floats, Histogram]:
     """Return each row's root mean square (R,) and its histogram."""
-    if native.LIBRARY is not None:
+    if native.is_available():
         return _count_rows_natively(rows, columns)
     root_mean_square, units = _measure_rows(rows)
     index, size = _find_bins(units), len(rows) * 2 * BINS
@@ -323,7 +323,7 @@ def _count_layer(matrix: NDArray[np.float32], columns: Floats) -> Histogram:
     part_blocks = -(-len(blocks) // PARTS)
     parts = -(-len(blocks) // part_blocks)
     bins, ends = np.zeros((parts, 2 * BINS, 2)), np.zeros((parts, 2))
-    if native.LIBRARY is not None:
+    if native.is_available():
         block_rows, threads = blocks[0].stop, torch.get_num_threads()
         native.call("lrq_count_layer", _describe(matrix, columns), block_rows, part_blocks, threads, bins, ends)
     else:
@@ -425,7 +425,7 @@ def _fit_scales(matrix: NDArray[np.float32], columns: Floats, table: Integers) -
     # The largest level is searched from half the root mean square to 4 times the largest weight, at most sqrt(columns).
     coarse_count = int(FINENESS / COARSE * np.log2(8 * np.sqrt(matrix.shape[1]))) + 2
     grid = np.exp2(np.arange(-MARGIN, (coarse_count - 1) * COARSE + MARGIN + 1) / FINENESS)
-    if native.LIBRARY is not None:
+    if native.is_available():
         table, bits, scale = np.ascontiguousarray(table), table.shape[1].bit_length() - 1, torch.empty(len(matrix))
         description, threads = _describe(matrix, columns), torch.get_num_threads()
         native.call("lrq_fit_scales", description, table, len(table), bits, grid, coarse_count, threads, scale)

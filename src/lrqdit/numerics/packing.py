@@ -38,7 +38,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ConfigError: for unsupported bits or a code that does not fit.
     """
     out_tiles, in_tiles, tile_bytes = packed_shape(*codes.shape, bits)
-    if native.LIBRARY is not None and codes.device.type == "cpu":
+    if codes.device.type == "cpu" and native.is_available():
         packed = torch.empty(out_tiles, in_tiles, tile_bytes, dtype=torch.uint8)
         used = torch.empty(1, dtype=torch.uint8)
         native.call("lrq_pack", codes.contiguous(), *codes.shape, bits, torch.get_num_threads(), packed, used)

@@ -47,7 +47,7 @@ class TrellisCodebook(Codebook):
         matrix = weight.detach().to("cpu", torch.float32).contiguous()
         scale = self.row_scale.cpu().contiguous()
         codes = torch.empty(matrix.shape, dtype=torch.uint8)
-        if native.LIBRARY is not None and matrix.numel():
+        if matrix.numel() and native.is_available():
             description = native.Matrix(matrix.data_ptr(), *matrix.shape, None)
             table, threads = self.table.cpu().contiguous(), torch.get_num_threads()
             native.call("lrq_trellis_encode", description, table, self.bits, scale, threads, codes)

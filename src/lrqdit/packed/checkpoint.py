@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lrqdit.errors import CheckpointError
 from lrqdit.kernels import cpu_attention as attention
-from lrqdit.packed.files import CONFIG_FILE, DTYPES, WEIGHT_FILE, check_safetensors, read_json, write_atomically
+from lrqdit.packed.files import CONFIG_FILE, WEIGHT_FILE, check_safetensors, read_json, write_atomically
 from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, LinearFormat, check_version
-from lrqdit.packed.linear import QuantLinear
+from lrqdit.packed.linear import DTYPES, QuantLinear
 
 
 def format_config(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:

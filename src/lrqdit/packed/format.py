@@ -16,7 +16,10 @@ from lrqdit.numerics.shapes import check_factors, packed_shape
 FORMAT_NAME = "lrqdit"
 FORMAT_VERSION = 1
 Buffers = dict[str, tuple[tuple[int, ...], str]]  # by name the shape, and the dtype by its safetensors name
-DTYPE_BYTES = {"U8": 1, "I8": 1, "I16": 2, "I32": 4}  # of the buffers
+DTYPE_BYTES = {  # by safetensors names
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
+    "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,12 @@ from lrqdit.numerics.rotation import Rotation
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import InputFormat, LinearFormat
 
-_BUFFER_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
+DTYPES = {  # by safetensors names; their sizes stand in format.DTYPE_BYTES
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 def describe_input(transform: InputTransform, activation_bits: int) -> InputFormat:
@@ -91,7 +96,7 @@ class QuantLinear(nn.Linear):
         self.calls = kernels.LayerCalls()
         stored = format.buffers()
         for name, (shape, kind) in (format.weight_buffers() | format.input.buffers()).items():
-            buffer = torch.zeros(shape, dtype=_BUFFER_DTYPES[kind], device=device)
+            buffer = torch.zeros(shape, dtype=DTYPES[kind], device=device)
             self.register_buffer(name, buffer, persistent=name in stored)
         marker = torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("_dtype_marker", marker, persistent=False)
