@@ -1,4 +1,4 @@
-"""The main job: calibrate a model on its denoising loop, quantize its linear layers group by group, replace them."""
+"""The public calls: observe a model on its denoising loop once; quantize it, in place."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""The folder of an unfinished run: finished parts, under a fingerprint of everything that they depend on."""
+"""The folder of an unfinished run: finished parts, with marks of everything that they depend on."""
 
 import hashlib
 import json

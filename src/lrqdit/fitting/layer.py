@@ -1,14 +1,7 @@
-"""From a dense linear layer to a quantized one: choose the input transform, fit the levels, fill the buffers.
+"""From a dense linear layer to a quantized one: fold its input transform, fit the levels, round, pack.
 
-For every group of layers that read one tensor the candidates (smoothing or not, each rotation, for 4-bit tokens with
-and without a principal part that is not rounded) are built, the weights are folded and quantized, and the output error
-on reservoir tokens decides:
-
-    error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
-
-relative to the part of the output that varies between tokens, so that a constant offset neither hides nor inflates it.
-The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows decides. Then each
-weight is rounded to the nearest levels, or (``compensate``) so that later columns make up for earlier ones' errors.
+The weight is rounded to the nearest levels, or, with a curvature, by whichever does better on held-out tokens: the
+nearest levels or GPTQ, which lets later columns make up for the errors of earlier ones (:mod:`.compensate`).
 """
 
 from dataclasses import dataclass

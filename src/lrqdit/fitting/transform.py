@@ -1,4 +1,13 @@
-"""The input transform of layers that read one tensor: every candidate is built and measured, the best one kept."""
+"""The input transform of layers that read one tensor: every candidate is built and measured, the best one kept.
+
+A candidate is smoothed or not, has one of the rotations, and for 4-bit tokens passes a principal part beside the codes
+or not. Its weights are folded and quantized, and the output error on tokens of the reservoir decides:
+
+    error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
+
+It is relative to the part of the output that varies between tokens, so that a constant offset neither hides nor
+inflates it. The clip of a candidate is the ratio with the smallest error. On large layers a sample of rows decides.
+"""
 
 import dataclasses
 import math

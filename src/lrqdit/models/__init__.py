@@ -1,4 +1,4 @@
-"""Which layers of which architecture are quantized, and how its pipeline is run. What stands here needs no torch."""
+"""Which layers of which architecture are quantized, and how its pipeline is run."""
 
 from typing import Any
 

@@ -1,9 +1,8 @@
-"""Files: the version that is written, the checks before anything is read, and the folder that lets a run resume.
+"""Checkpoints: the version that is written, empty layers for what is read, a plain module saved and loaded.
 
 A quantized diffusers model is an ordinary diffusers folder whose ``config.json`` has a ``quantization_config``; any
 other torch module is one ``model.safetensors`` beside a ``config.json`` of the same content. docs/FORMAT.md has every
-byte.
-Only safetensors and JSON are ever read.
+byte. Only safetensors and JSON are ever read.
 """
 
 import json
