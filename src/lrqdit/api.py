@@ -145,6 +145,7 @@ def quantize(
             diffusers_plugin.attach(module, config)
         else:
             module.lrqdit_settings = config.to_dict()
+    attention.start()
     size = measure_size(nn.ModuleDict({name.replace(".", "_"): module for name, module in modules.items()}))
     return CalibrationReport(
         config, reports, size, sum(parameters.values()), bytes_before, calibrated - start, time.monotonic() - calibrated

@@ -28,6 +28,7 @@ from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
 from lrqdit.fitting.layer import keep_at_8_bits, quantize_linear
 from lrqdit.fitting.transform import data_free_transform
+from lrqdit.kernels import cpu_attention as attention
 from lrqdit.models.registry import layers_stored_at_8_bits, select_layers
 from lrqdit.packed import checkpoint
 from lrqdit.packed.files import check_safetensors
@@ -201,6 +202,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         if self._pending:
             raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._pending))}; copy it again")
         checkpoint.finish_layers(model)
+        attention.start()
         if self._dtype is None:
             self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for layer in model.modules():
