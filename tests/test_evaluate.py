@@ -110,6 +110,9 @@ def test_picture_grid_labels_are_drawn():
 
 
 def test_html_page_is_self_contained_and_escaped():
-    page = pages.html_page("<b>", [{"a": "<script>", "b": 1.23456}], Image.new("RGB", (8, 8)), ["x & y"])
+    page = pages.html_page(
+        "<b>", [{"a": "<script>", "b_c": 1.23456}, {"a": None, "b_c": 2}], Image.new("RGB", (8, 8)), ["x & y"]
+    )
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;" in page and "x &amp; y" in page
-    assert "1.235" in page and "data:image/png;base64," in page and "http" not in page
+    assert "<th>a</th><th>b c</th>" in page and "<td>1.235</td>" in page and "<td>-</td>" in page
+    assert "data:image/png;base64," in page and "http" not in page

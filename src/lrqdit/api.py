@@ -149,6 +149,7 @@ def quantize(
             diffusers_plugin.attach(module, config)
         else:
             module.lrqdit_settings = config.to_dict()
+    attention.start()
     size = measure_size(nn.ModuleDict({name.replace(".", "_"): module for name, module in modules.items()}))
     times = calibrated - start, time.monotonic() - calibrated
     return CalibrationReport(config, reports, size, parameters, bytes_before, *times)

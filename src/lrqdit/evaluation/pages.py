@@ -1,40 +1,41 @@
 """Results as pictures side by side, and as one self-contained HTML file."""
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 from PIL import Image, ImageDraw, ImageFont
 
 from lrqdit.evaluation.tables import format_value
 
 CELL_PIXELS = 192
 _MARGIN, _TEXT, _INK, _PAPER = 8, 15, (20, 20, 20), (255, 255, 255)
-_CSS = (
-    "body{font:15px system-ui;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .8em;border:1px solid #ccc}"
-)
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+body { font: 15px system-ui; margin: 2em }
+table { border-collapse: collapse }
+td, th { padding: .3em .8em; border: 1px solid #ccc }
+</style></head>
+<body><h1>{{ title }}</h1>
+<table>
+<tr>{% for column in columns %}<th>{{ column.replace("_", " ") }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for column in columns %}<td>{{ format(row.get(column)) }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% for note in notes %}<p>{{ note }}</p>
+{% endfor %}<p><img alt="pictures side by side" src="data:image/png;base64,{{ image }}"></p>
+</body></html>
+"""
 
 
 def html_page(title: str, rows: Sequence[dict[str, Any]], picture: Image.Image, notes: Sequence[str] = ()) -> str:
     """One self-contained HTML file: the table, the notes and the picture."""
-    columns = list(rows[0]) if rows else []
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    image = base64.b64encode(buffer.getvalue()).decode()
-    cells = ["".join(f"<td>{html.escape(format_value(row.get(column)))}</td>" for column in columns) for row in rows]
-    header = "".join(f"<th>{html.escape(column.replace('_', ' '))}</th>" for column in columns)
-    title = html.escape(title)
-    return "\n".join([
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_CSS}</style></head>',
-        f"<body><h1>{title}</h1>",
-        f"<table><tr>{header}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>",
-        *(f"<p>{html.escape(note)}</p>" for note in notes),
-        f'<p><img alt="pictures side by side" src="data:image/png;base64,{image}"></p>',
-        "</body></html>",
-    ])  # fmt: skip
+    values = {"title": title, "rows": rows, "notes": notes, "image": base64.b64encode(buffer.getvalue()).decode()}
+    page = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    return page.render(columns=list(rows[0]) if rows else [], format=format_value, **values)
 
 
 def picture_grid(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
 from lrqdit.fitting.layer import quantize_without_data
+from lrqdit.kernels import cpu_attention as attention
 from lrqdit.models.registry import KEPT, Treatment, plan
 from lrqdit.packed import checkpoint
 from lrqdit.packed.files import check_safetensors
@@ -188,6 +189,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         if self._plan:
             raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._plan))}; copy it again")
         checkpoint.finish_layers(model)
+        attention.start()
         if self._dtype is None:
             self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for layer in model.modules():

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrqdit.errors import CheckpointError
-from lrqdit.kernels import cpu_attention as attention
 from lrqdit.packed.files import CONFIG_FILE, WEIGHT_FILE, check_safetensors, read_json, write_atomically
 from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, LinearFormat, check_version
 from lrqdit.packed.linear import DTYPES, QuantLinear
@@ -56,12 +55,11 @@ def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype:
 
 def finish_layers(module: nn.Module) -> None:
     """Make a module whose quantized layers are filled ready to run: layers that share an input get the owner's
-    transform, and attention on the CPU becomes ours."""
+    transform."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantLinear)}
     for layer in layers.values():
         if layer.format.input_from is not None:
             layer.share_input(layers[layer.format.input_from])
-    attention.start()
 
 
 def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
@@ -90,6 +88,8 @@ def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, A
 
 def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
     """Turn a freshly built original module into the quantized one saved by :func:`save_checkpoint`; returns it.
+
+    Attention stays as it is; ``lrqdit.attention.switch("native")`` makes that of bfloat16 tokens on the CPU ours, too.
 
     Raises:
         CheckpointError: if a file is missing, damaged, of another version or of another model.
