@@ -65,9 +65,9 @@ def run_apart(block, x):
 def count_quantizations(monkeypatch):
     calls, original = [], SharedInput.put
 
-    def counted(self, x, *codes):
+    def counted(self, x, tokens):
         calls.append(x)
-        return original(self, x, *codes)
+        return original(self, x, tokens)
 
     monkeypatch.setattr(SharedInput, "put", counted)
     return calls
@@ -256,7 +256,7 @@ def test_change_in_place_is_noticed(count_quantizations):
 def test_codes_die_with_their_tensor():
     block, x = Attention(), random(4, WIDTH)
     block.to_q(x)
-    codes = weakref.ref(block.to_q.shared_input.entry[2])
+    codes = weakref.ref(block.to_q.shared_input.entry[2].codes)
     del x
     gc.collect()
     assert codes() is None and block.to_q.shared_input.entry is None

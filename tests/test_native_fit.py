@@ -141,10 +141,10 @@ def test_fold(kind, is_smoothed):
 def test_apply_transform_is_a_sound_operator():
     for kind in ("none", "hadamard"):
         built = rotation.build(48, kind, 1)
-        arguments = make_gaussian(5, 48), None, torch.ones(48).half(), kind, list(built.factors), None, None, None
-        torch.library.opcheck(torch.ops.lrqdit.apply_transform.default, arguments)
-        expected = ops.reference_apply_transform(*arguments)
-        torch.testing.assert_close(ops.apply_transform(*arguments), expected, rtol=1e-5, atol=1e-5)
+        x, transform = make_gaussian(5, 48), ops.TransformArgs(None, torch.ones(48).half(), kind, built.factors)
+        torch.library.opcheck(ops.apply_transform, (x, *transform))
+        expected = ops.reference_apply_transform(x, transform)
+        torch.testing.assert_close(ops.apply_transform(x, *transform), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_errors_are_the_same():
