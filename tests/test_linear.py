@@ -13,7 +13,7 @@ from torch import nn
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ModelError
 from lrqdit.fitting.layer import quantize_linear
-from lrqdit.numerics.rotation import ROTATIONS, Rotation, build
+from lrqdit.numerics.rotation import ROTATIONS, build
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear, SharedInput
@@ -27,10 +27,9 @@ def random(*shape, seed=0):
 
 
 def make_transform(kind="hadamard", clip=0.9, has_offset=True):
-    built = build(WIDTH, kind, 1, channel_absmax=random(WIDTH).abs() + 0.1)
-    plain = Rotation.from_tensors(kind, WIDTH, built.factors, built.tensors())
-    scale = torch.exp(0.3 * random(WIDTH, seed=7)) * (1 if built.signs is None else built.signs)
-    return InputTransform(plain, random(WIDTH, seed=8).half() if has_offset else None, scale.half(), clip)
+    built, signs = build(WIDTH, kind, 1, channel_absmax=random(WIDTH).abs() + 0.1)
+    scale = torch.exp(0.3 * random(WIDTH, seed=7)) * (1 if signs is None else signs)
+    return InputTransform(built, random(WIDTH, seed=8).half() if has_offset else None, scale.half(), clip)
 
 
 def make_layer(name="layer", seed=0, weight_bits=4, activation_bits=8, owner=None, has_bias=True, kind="hadamard"):

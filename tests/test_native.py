@@ -71,7 +71,7 @@ def random_weight(out_features, in_features, bits, has_row_tables, has_bias=True
 
 
 def transform_arguments(kind, width, seed=0):
-    built = rotation.build(width, kind, seed, channel_absmax=random(width, seed=seed).abs())
+    built, _ = rotation.build(width, kind, seed, channel_absmax=random(width, seed=seed).abs())
     offset, scale = random(width, seed=seed + 1).half(), torch.exp(random(width, seed=seed + 2)).half()
     return TransformArgs(offset, scale, kind, built.factors, built.block1, built.permutation, built.block2)
 
@@ -572,7 +572,7 @@ def fill_randomly(layer, kind, seed=0):
 
 
 def filled_layer(kind="hadamard", bits=4, activation_bits=8, levels="uniform", seed=0):
-    factors, table_rows = tuple(rotation.build(24, kind).factors), int(bits < 8)
+    factors, table_rows = rotation.build(24, kind)[0].factors, int(bits < 8)
     rest = dict(clip=0.9, token_levels=levels, has_offset=True, has_scale=True)
     rest |= dict(table_rows=table_rows, is_trellis=bits == 3, rotation=kind, factors=factors)
     layer = QuantLinear(linear_format(24, 20, bits, activation_bits, **rest))

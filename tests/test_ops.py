@@ -43,7 +43,7 @@ def random_weight(out_features, in_features, bits, table_rows, seed=0, has_bias=
 
 
 def transform_arguments(kind, width):
-    built = rotation.build(width, kind, 1, channel_absmax=random(width).abs())
+    built, _ = rotation.build(width, kind, 1, channel_absmax=random(width).abs())
     offset, scale = random(width, seed=1).half(), torch.exp(random(width, seed=2)).half()
     permutation = None if built.permutation is None else built.permutation.int()
     return TransformArgs(offset, scale, kind, built.factors, built.block1, permutation, built.block2)

@@ -50,8 +50,7 @@ def quantized(weight, x, bias=None, preset="w4a4", **changes):
 def test_the_parts_add_up_exactly(width, out_features, rank, has_offset, has_scale, seed):
     """For any directions, far from orthonormal ones too: x^ W^T = (x^ - p U^T)(W - C^T U^T)^T + p C."""
     rank = min(rank, width)
-    built = rotation.build(width, "hadamard", seed)
-    plain = rotation.Rotation.from_tensors("hadamard", width, built.factors, built.tensors())
+    plain, _ = rotation.build(width, "hadamard", seed)
     offset = random(width, seed=seed).half() if has_offset else None
     scale = random(width, seed=seed + 1).abs().add(0.2).half() if has_scale else None
     u = LowRank.round(torch.linalg.qr(random(width, rank, seed=seed + 2)).Q.T * 1.1)
@@ -60,8 +59,10 @@ def test_the_parts_add_up_exactly(width, out_features, rank, has_offset, has_sca
     p = transform.smooth(x) @ u.values.T
     c = outlet(transform.unsmooth(weight), u)
     whole = transform.smooth(x) @ transform.unsmooth(weight).T
-    torch.testing.assert_close(transform.apply(x) @ transform.fold(weight).T + p @ c, whole, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(ops.fold(transform, weight), transform.fold(weight), rtol=1e-3, atol=1e-3)
+    folded = ops.fold(transform, weight)
+    torch.testing.assert_close(transform.apply(x) @ folded.T + p @ c, whole, rtol=1e-3, atol=1e-3)
+    unfolded = ops.unfold(transform, folded, LowRank(c, torch.ones(rank)))
+    torch.testing.assert_close(unfolded, weight, rtol=1e-3, atol=1e-3)
     left, coordinates = split(x, u, offset, scale)
     torch.testing.assert_close(coordinates, p, rtol=1e-3, atol=1e-3)
     without = InputTransform(plain, offset, scale)

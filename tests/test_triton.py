@@ -94,7 +94,7 @@ def check_codes(x, transform, bits, clip):
     ],
 )
 def test_rotations(kind, width, factors):
-    built = rotation.build(width, kind, 1, channel_absmax=random(width).abs())
+    built, _ = rotation.build(width, kind, 1, channel_absmax=random(width).abs())
     block1, block2 = built.block1, built.block2
     if kind == "outlier" and factors != built.factors:
         block1, block2 = (torch.linalg.qr(random(*factors, *factors, seed=s)).Q.contiguous() for s in (5, 6))

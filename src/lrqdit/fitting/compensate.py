@@ -124,7 +124,7 @@ def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
             moment = moment * transform.input_scale.float()
         if directions is not None:
             moment = moment - (moment @ directions.T) @ directions
-        moment = transform.rotation.apply_without_signs(moment).T
+        moment = transform.rotation.apply(moment).T
     return moment.double().add_(moment.T.double()).div_(2)
 
 

@@ -72,16 +72,14 @@ def choose_transform(
         for kind in _candidate_rotations(config, stats.rms, absmax * scale):
             seed = config.seed * 1_000_003 + len(mean)
             try:
-                built = rotation.build(len(mean), kind, seed, channel_absmax=absmax * scale)
+                built, signs = rotation.build(len(mean), kind, seed, channel_absmax=absmax * scale)
             except RotationError:
                 if is_measured:
                     continue  # a width that this kind cannot rotate is not a candidate
                 raise
-            signed = scale if built.signs is None else scale * built.signs
-            stored = None if not is_smoothed and built.signs is None else signed.to(torch.float16)
-            transform = InputTransform(
-                rotation.Rotation.from_tensors(kind, len(mean), built.factors, built.tensors()), offset, stored
-            )
+            signed = scale if signs is None else scale * signs
+            stored = None if not is_smoothed and signs is None else signed.to(torch.float16)
+            transform = InputTransform(built, offset, stored)
             penalty = penalties.get(kind, 1.0) if is_measured else 1.0
             for candidate in (transform, _with_principal(transform, moment, rank, seed)):
                 if candidate is None:
@@ -174,12 +172,11 @@ def fit_levels(name: str, weight: Tensor, bits: int, config: QuantizationConfig)
 def data_free_transform(in_features: int, config: QuantizationConfig, activation_bits: int) -> InputTransform:
     """Without calibration: a randomized Hadamard rotation and the clip that is best for Gaussian tokens."""
     kind = "hadamard" if config.rotation in ("auto", "threshold", "outlier") else config.rotation
-    built = rotation.build(in_features, kind, config.seed * 1_000_003 + in_features)
-    plain = rotation.Rotation.from_tensors(kind, in_features, built.factors, built.tensors())
-    scale = None if built.signs is None else built.signs.to(torch.float16)
+    built, signs = rotation.build(in_features, kind, config.seed * 1_000_003 + in_features)
+    scale = None if signs is None else signs.to(torch.float16)
     levels = token_levels(config, activation_bits)[0]
     clip = gaussian_clip(in_features, activation_bits, levels) if config.is_clipped else 1.0
-    return InputTransform(plain, None, scale, clip, levels)
+    return InputTransform(built, None, scale, clip, levels)
 
 
 def gaussian_clip(in_features: int, bits: int, levels: str = "uniform") -> float:

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrqdit.numerics import tokens as activation
 from lrqdit.numerics.packing import unpack
-from lrqdit.numerics.principal import outlet
+from lrqdit.numerics.principal import LowRank, outlet
 from lrqdit.numerics.rotation import MIN_ROWS, Rotation
+from lrqdit.numerics.tokens import InputTransform, quantize_into
 from lrqdit.numerics.trellis import find_places, order_by_place
 
 _TRANSFORM = (
@@ -58,7 +58,7 @@ class TransformArgs(NamedTuple):
     block2: Tensor | None = None
 
     def build_rotation(self, width: int) -> Rotation:
-        return Rotation(self.rotation, width, tuple(self.factors), None, self.block1, self.block2, self.permutation)
+        return Rotation(self.rotation, width, tuple(self.factors), self.block1, self.block2, self.permutation)
 
 
 class Rounding(NamedTuple):
@@ -205,8 +205,8 @@ def rows_in_cache(width: int, tensor: Tensor) -> int:
     return MIN_ROWS * max(1, -(-len(tensor) // (MIN_ROWS * max(1, parts))))
 
 
-def _build(transform: TransformArgs, width: int) -> activation.InputTransform:
-    return activation.InputTransform(transform.build_rotation(width), transform.input_offset, transform.input_scale)
+def _build(transform: TransformArgs, width: int) -> InputTransform:
+    return InputTransform(transform.build_rotation(width), transform.input_offset, transform.input_scale)
 
 
 def reference_apply_transform(x: Tensor, transform: TransformArgs) -> Tensor:
@@ -224,7 +224,7 @@ def reference_quantize_tokens(x: Tensor, transform: TransformArgs, rounding: Rou
     built = _build(transform, width)
     work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
     for tokens, *to in parts_in_cache(width, x, codes, scale):
-        activation.quantize_into(*to, built.apply(tokens, work[:, : len(tokens)]), *rounding)
+        quantize_into(*to, built.apply(tokens, work[:, : len(tokens)]), *rounding)
     return codes, scale
 
 
@@ -268,18 +268,28 @@ for _name, _function in _FAKE.items():
     torch.library.register_fake(f"lrqdit::{_name}", take_records(_name, _function), lib=LIBRARY)
 
 
-def fold(transform: activation.InputTransform, weight: Tensor) -> Tensor:
-    """:meth:`InputTransform.fold` by the kernel of the weight's device: W~ = (W / m) R, float32.
+def fold(transform: InputTransform, weight: Tensor) -> Tensor:
+    """W (out_features, in_features) -> W~ = (W / m) R, float32, without what acts on the principal part.
 
-    A kernel's additions have another order than the reference's matrix products: W~ agrees to float rounding.
+    It is computed by the kernel of the weight's device. A kernel's additions have another order than the reference's
+    matrix products, so W~ agrees among devices to float rounding.
     """
     r, scale = transform.rotation, transform.input_scale
     if transform.principal is not None:
-        c = outlet(transform.unsmooth(weight), transform.principal)
-        part = c.T @ transform.principal.values
+        part = outlet(transform.unsmooth(weight), transform.principal).T @ transform.principal.values
         weight = weight - (part if scale is None else part * scale.float())
     if scale is not None and not bool((scale.abs() == 1).all()):  # signs are their own inverse; others have none
-        weight, scale = weight / scale.float(), None
+        weight, scale = transform.unsmooth(weight), None
     if r.kind == "none" and scale is None:
         return weight.float()
     return apply_transform(weight, *TransformArgs(None, scale, r.kind, r.factors, r.block1, r.permutation, r.block2))
+
+
+def unfold(transform: InputTransform, weight: Tensor, acting: LowRank | None = None) -> Tensor:
+    """The inverse of :func:`fold`: W~ -> W, float32. ``acting`` is C, what of W acts on the principal part."""
+    scale = 1.0 if transform.input_scale is None else transform.input_scale.float()
+    weight = transform.rotation.apply_transpose(weight) * scale
+    if acting is None:
+        return weight
+    u = transform.principal.values
+    return weight + (acting.values.T - transform.unsmooth(weight) @ u.T) @ u * scale

@@ -168,13 +168,8 @@ class QuantLinear(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """The weight this layer multiplies with, in the original basis: float32 (out_features, in_features)."""
-        transform = self.input_transform
-        weight = transform.unfold(self._decode().float() * self.row_scale[:, None])
-        if (outlet := self._low_rank("outlet")) is not None:
-            u = transform.principal.values
-            part = (outlet.values.T - transform.unsmooth(weight) @ u.T) @ u
-            weight = weight + (part if transform.input_scale is None else part * transform.input_scale.float())
-        return weight
+        weight = self._decode().float() * self.row_scale[:, None]
+        return ops.unfold(self.input_transform, weight, self._low_rank("outlet"))
 
     def to_linear(self) -> nn.Linear:
         """A dense ``nn.Linear`` that computes the same from unquantized activations."""
