@@ -62,7 +62,9 @@ def measure_curvature(
         damping: lambda, relative to the mean variance of a transformed channel.
     """
     assert stats.tokens is not None
-    offset = torch.zeros(transform.in_features) if transform.input_offset is None else transform.input_offset
+    offset = transform.input_offset
+    if offset is None:
+        offset = torch.zeros(transform.in_features, dtype=torch.float16)
     moment = stats.second_moment(offset)
     if moment is None:
         return None
@@ -96,7 +98,7 @@ def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
     order = hessian.diagonal().argsort(descending=True, stable=True)
     width = len(hessian)
     parts = order.tensor_split(-(-width // MAX_FACTORED))
-    upper, start = torch.zeros(width, width), 0
+    upper, start = torch.zeros(width, width, dtype=torch.float32), 0
     for columns in parts:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[columns][:, columns]))
         stop = start + len(columns)
@@ -162,7 +164,7 @@ def compensate(weight: Tensor, levels: Codebook, curvature: Curvature) -> Tensor
     width = weight.shape[1]
     for start in range(0, width, COLUMNS_PER_BLOCK):
         stop = min(start + COLUMNS_PER_BLOCK, width)
-        errors = torch.empty(len(weight), stop - start)
+        errors = torch.empty(len(weight), stop - start, dtype=torch.float32)
         for column in range(start, stop):
             current = left[:, column : column + 1]
             code = levels.encode(current)

@@ -159,7 +159,9 @@ def _estimate_changes(
     stats: ActivationStats, transform: InputTransform, layers: dict[str, QuantLinear], originals: dict[str, nn.Linear]
 ) -> dict[str, float]:
     """By layer, its estimated change of the output; only of layers whose gradients calibration saw."""
-    offset = torch.zeros(transform.in_features) if transform.input_offset is None else transform.input_offset
+    offset = transform.input_offset
+    if offset is None:
+        offset = torch.zeros(transform.in_features, dtype=torch.float16)
     moment = stats.output_moment(offset)
     energies = {name: stats.gradient_energy(name) for name in layers}
     if moment is None or not float(moment.trace()) > 0:

@@ -118,8 +118,10 @@ def _with_principal(transform: InputTransform, moment: Tensor | None, rank: int,
     """The transform with the leading directions of what it smooths; None without a second moment."""
     if moment is None or not float(moment.trace()) > 0:
         return None
-    scale = torch.ones(len(moment)) if transform.input_scale is None else transform.input_scale.float()
-    moment = moment.float() * scale * scale[:, None]
+    moment = moment.float()
+    if transform.input_scale is not None:
+        scale = transform.input_scale.float()
+        moment = moment * scale * scale[:, None]
     directions = principal.find_directions(lambda columns: moment @ columns, len(moment), rank, seed)
     return dataclasses.replace(transform, principal=directions)
 

@@ -212,7 +212,7 @@ def _build(transform: TransformArgs, width: int) -> InputTransform:
 def reference_apply_transform(x: Tensor, transform: TransformArgs) -> Tensor:
     width, out = x.shape[-1], torch.empty(x.shape, dtype=torch.float32, device=x.device)
     built = _build(transform, width)
-    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
+    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, dtype=torch.float32, device=x.device)
     for tokens, to in parts_in_cache(width, x, out):
         to.copy_(built.apply(tokens, work[:, : len(tokens)]))
     return out
@@ -222,7 +222,7 @@ def reference_quantize_tokens(x: Tensor, transform: TransformArgs, rounding: Rou
     width, codes = x.shape[-1], torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
     built = _build(transform, width)
-    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
+    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, dtype=torch.float32, device=x.device)
     for tokens, *to in parts_in_cache(width, x, codes, scale):
         quantize_into(*to, built.apply(tokens, work[:, : len(tokens)]), *rounding)
     return codes, scale

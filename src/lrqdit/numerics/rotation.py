@@ -214,7 +214,8 @@ def _build_outlier(
         rows = channel_absmax.detach().cpu().float()[None]
         measure = _independent_magnitudes
     else:
-        rows, measure = torch.rand(1, in_features, generator=generator), _independent_magnitudes
+        rows = torch.rand(1, in_features, generator=generator, dtype=torch.float32)
+        measure = _independent_magnitudes
     with single_thread():
         block1 = _fit_block(rows, block, measure, generator)
         permutation = zigzag_permutation(measure(rows, block1).amax(0).flatten(), block)
@@ -245,7 +246,7 @@ def _fit_block(
             best, best_range = rotation, value_range
         if value_range == 0 or step == GREEDY_STEPS:
             break
-        swap = torch.arange(block)
+        swap = torch.arange(block, dtype=torch.int64)
         largest = int(magnitudes.argmax())
         swap[0], swap[largest] = largest, 0
         others = 1 + torch.randperm(block - 1, generator=generator)
@@ -277,7 +278,7 @@ def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool, work: T
     if covered == width:
         return _multiply_kronecker(x, factors, is_inverse, work)
     # Signs in between keep the second product from undoing what the first has spread.
-    index = torch.arange(width, device=x.device)
+    index = torch.arange(width, dtype=torch.int64, device=x.device)
     signs = 1.0 - 2.0 * (index * index * 40503 >> 15 & 1).float()
     head, tail = slice(0, covered), slice(width - covered, width)
     first, second = (tail, head) if is_inverse else (head, tail)

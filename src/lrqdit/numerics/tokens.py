@@ -90,8 +90,8 @@ class InputTransform:
 def normal_lookup() -> Tensor:
     """int8 (256,): the level for every 8-bit code, at code + 128; of two equally near ones the larger in magnitude."""
     with torch.inference_mode(False):
-        levels = torch.tensor(NORMAL_LEVELS)
-        codes = torch.arange(-128, 128)
+        levels = torch.tensor(NORMAL_LEVELS, dtype=torch.int64)
+        codes = torch.arange(-128, 128, dtype=torch.int64)
         nearest = levels[torch.searchsorted(levels[1:] + levels[:-1], 2 * codes.abs(), right=True)]
         return torch.where(codes < 0, -nearest, nearest).to(torch.int8)
 
