@@ -72,8 +72,7 @@ def test_hessian_is_that_of_the_transformed_tokens():
     """Centred, scaled and rotated on both sides, at any width."""
     tokens = correlated(500, 48) + 3
     scale = torch.linspace(0.5, 2, 48).half()
-    built = rotation.build(48, "hadamard", 1)
-    plain = rotation.Rotation.from_tensors("hadamard", 48, built.factors, built.tensors())
+    plain, _ = rotation.build(48, "hadamard", 1)
     transform = InputTransform(plain, tokens.mean(0).half(), scale, 1.0)
     found = compensate.measure_curvature(transform, observe(tokens), 16, DAMPING)
     x = transform.apply(tokens).double()

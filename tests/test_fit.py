@@ -9,6 +9,7 @@ from lrqdit.errors import NumericalError, RotationError
 from lrqdit.fitting.compensate import measure_curvature
 from lrqdit.fitting.layer import FittedInput, quantize_linear, quantize_without_data
 from lrqdit.fitting.transform import choose_transform, data_free_transform, gaussian_clip
+from lrqdit.kernels import ops
 from lrqdit.models.registry import Treatment
 from lrqdit.numerics import codebook, rotation
 from lrqdit.numerics.tokens import dequantize_tokens, quantize_tokens
@@ -182,9 +183,9 @@ def test_codebooks(kind, scope):
     weight, x = random(24, 48, seed=1), random(64, 48)
     layer, _ = fit(weight, x, codebook=kind, table_scope=scope, coding="scalar", **FAST)
     assert layer.format.codebook == kind
-    expected = codebook.fit(layer.input_transform.fold(weight), 4, kind, scope=scope)
-    decoded = expected.quantize(layer.input_transform.fold(weight))
-    torch.testing.assert_close(layer.dequantize(), layer.input_transform.unfold(decoded))
+    expected = codebook.fit(ops.fold(layer.input_transform, weight), 4, kind, scope=scope)
+    decoded = expected.quantize(ops.fold(layer.input_transform, weight))
+    torch.testing.assert_close(layer.dequantize(), ops.unfold(layer.input_transform, decoded))
     assert layer.format.table_rows == len(expected.table)
 
 

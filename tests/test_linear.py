@@ -14,7 +14,7 @@ from torch import nn
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ModelError
 from lrqdit.fitting.layer import FittedInput, quantize_linear
-from lrqdit.numerics.rotation import ROTATIONS, Rotation, build
+from lrqdit.numerics.rotation import ROTATIONS, build
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear, SharedInput
@@ -28,10 +28,9 @@ def random(*shape, seed=0):
 
 
 def make_transform(kind="hadamard", clip=0.9, has_offset=True):
-    built = build(WIDTH, kind, 1, channel_absmax=random(WIDTH).abs() + 0.1)
-    plain = Rotation.from_tensors(kind, WIDTH, built.factors, built.tensors())
-    scale = torch.exp(0.3 * random(WIDTH, seed=7)) * (1 if built.signs is None else built.signs)
-    return InputTransform(plain, random(WIDTH, seed=8).half() if has_offset else None, scale.half(), clip)
+    built, signs = build(WIDTH, kind, 1, channel_absmax=random(WIDTH).abs() + 0.1)
+    scale = torch.exp(0.3 * random(WIDTH, seed=7)) * (1 if signs is None else signs)
+    return InputTransform(built, random(WIDTH, seed=8).half() if has_offset else None, scale.half(), clip)
 
 
 def make_layer(name="layer", seed=0, weight_bits=4, activation_bits=8, owner=None, has_bias=True, kind="hadamard"):
@@ -65,9 +64,9 @@ def run_apart(block, x):
 def count_quantizations(monkeypatch):
     calls, original = [], SharedInput.put
 
-    def counted(self, x, *codes):
+    def counted(self, x, tokens):
         calls.append(x)
-        return original(self, x, *codes)
+        return original(self, x, tokens)
 
     monkeypatch.setattr(SharedInput, "put", counted)
     return calls
@@ -256,7 +255,7 @@ def test_change_in_place_is_noticed(count_quantizations):
 def test_codes_die_with_their_tensor():
     block, x = Attention(), random(4, WIDTH)
     block.to_q(x)
-    codes = weakref.ref(block.to_q.shared_input.entry[2])
+    codes = weakref.ref(block.to_q.shared_input.entry[2].codes)
     del x
     gc.collect()
     assert codes() is None and block.to_q.shared_input.entry is None

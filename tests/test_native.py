@@ -28,6 +28,7 @@ from lrqdit.errors import KernelError
 from lrqdit.kernels import cpu as kernels
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.kernels import ops
+from lrqdit.kernels.ops import Rounding, Tokens, TransformArgs, WeightArgs
 from lrqdit.numerics import codebook, rotation, trellis
 from lrqdit.numerics.packing import pack
 from lrqdit.numerics.shapes import BUTTERFLY_COST, packed_shape
@@ -38,7 +39,7 @@ if native.LIBRARY is None:
     pytest.skip(f"no native kernels to test: {native.WHY_REFERENCE}", allow_module_level=True)
 
 ISAS = [name for name, missing in native.instruction_sets(native.LIBRARY).items() if not missing]
-NO_TRANSFORM = (None, None, "none", [], None, None, None)
+NO_TRANSFORM = TransformArgs()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -59,7 +60,7 @@ def random_codes(*shape, seed=0):
 
 
 def random_weight(out_features, in_features, bits, has_row_tables, has_bias=True, seed=0, is_trellis=False):
-    """Arguments packed, table, row_scale, bias and bits of an operator."""
+    """A weight for the operators."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator).to(torch.uint8)
     is_trellis = is_trellis and bits in TRELLIS_BITS
@@ -68,30 +69,31 @@ def random_weight(out_features, in_features, bits, has_row_tables, has_bias=True
     if bits < 8:
         table = torch.randint(-128, 128, (rows, (2 if is_trellis else 1) << bits), generator=generator).to(torch.int8)
     row_scale = torch.rand(out_features, generator=generator) * 0.01 + 0.001
-    return pack(codes, bits), table, row_scale, random(out_features, seed=seed) if has_bias else None, bits
+    bias = random(out_features, seed=seed) if has_bias else None
+    return WeightArgs(pack(codes, bits), table, row_scale, bias, bits)
 
 
 def transform_arguments(kind, width, seed=0):
-    built = rotation.build(width, kind, seed, channel_absmax=random(width, seed=seed).abs())
+    built, _ = rotation.build(width, kind, seed, channel_absmax=random(width, seed=seed).abs())
     offset, scale = random(width, seed=seed + 1).half(), torch.exp(random(width, seed=seed + 2)).half()
-    return offset, scale, kind, list(built.factors), built.block1, built.permutation, built.block2
+    return TransformArgs(offset, scale, kind, built.factors, built.block1, built.permutation, built.block2)
 
 
-def transformed(x, offset, scale, kind, factors, block1, permutation, block2):
+def transformed(x, transform):
     """x~ in float64."""
-    x, width = x.double(), x.shape[1]
-    if offset is not None:
-        x = x - offset.double()
-    if scale is not None:
-        x = x * scale.double()
-    return x @ rotation.Rotation(kind, width, tuple(factors), None, block1, block2, permutation).matrix().double()
+    x = x.double()
+    if transform.input_offset is not None:
+        x = x - transform.input_offset.double()
+    if transform.input_scale is not None:
+        x = x * transform.input_scale.double()
+    return x @ transform.build_rotation(x.shape[1]).matrix().double()
 
 
 def assert_prologue(x, arguments, bits, clip):
     """Steps to 1e-6, and every code is the rounding of x~ / step up to a near tie."""
     largest = 2 ** (bits - 1) - 1
-    expected_codes, expected_scale = ops.reference_quantize_tokens(x, *arguments, bits, clip)
-    exact = transformed(x.float(), *arguments)
+    expected_codes, expected_scale = ops.reference_quantize_tokens(x, arguments, Rounding(bits, clip))
+    exact = transformed(x.float(), arguments)
     for isa in ISAS:
         native.use(isa)
         codes, scale = ops.quantize_tokens(x, *arguments, bits, clip)
@@ -123,7 +125,7 @@ def test_quantized_linear_gives_the_bits_of_the_reference(
 ):
     weight = random_weight(out_features, in_features, bits, has_row_tables, has_bias, seed, is_trellis)
     codes, scale = random_codes(tokens, in_features, seed=seed), random(tokens, seed=seed).abs()
-    expected = ops.reference_quantized_linear(codes, scale, *weight, dtype)
+    expected = ops.reference_quantized_linear(Tokens(codes, scale), weight, dtype)
     for isa in ISAS:
         native.use(isa)
         y = ops.quantized_linear(codes, scale, *weight, dtype)
@@ -136,7 +138,7 @@ def test_quantized_linear_of_wide_layers(bits):
     for tokens, out_features, in_features in [(3, 20, 7000), (9, 70, 7001), (530, 40, 64), (20, 700, 96)]:
         weight = random_weight(out_features, in_features, bits, bits == 3, is_trellis=in_features % 2 == 0)
         codes, scale = random_codes(tokens, in_features), random(tokens).abs()
-        expected = ops.reference_quantized_linear(codes, scale, *weight, torch.float32)
+        expected = ops.reference_quantized_linear(Tokens(codes, scale), weight, torch.float32)
         for isa, threads in itertools.product(ISAS, (1, 2)):
             native.use(isa)
             torch.set_num_threads(threads)
@@ -162,7 +164,7 @@ def test_prologue_of_any_width(tokens, width, kind, bits, clip, dtype, seed):
 @pytest.mark.parametrize("width", [1152, 4608, 1536, 8209])  # the last: two products that overlap
 def test_prologue_of_transformer_widths(width):
     x, arguments = random(5, width), transform_arguments("hadamard", width)
-    codes, scale = ops.reference_quantize_tokens(x, *arguments, 8, 1.0)
+    codes, scale = ops.reference_quantize_tokens(x, arguments, Rounding(8, 1.0))
     for isa in ISAS:
         native.use(isa)
         found, found_scale = ops.quantize_tokens(x, *arguments, 8, 1.0)
@@ -174,25 +176,22 @@ def test_prologue_of_transformer_widths(width):
 def test_every_block_a_checkpoint_may_ask_for(block):
     """Orders that have neither a butterfly nor a power of two: their matrices must be passed."""
     width = 2 * block
-    assert_prologue(random(9, width), (None, None, "block_hadamard", [block], None, None, None), 8, 1.0)
+    assert_prologue(random(9, width), TransformArgs(rotation="block_hadamard", factors=[block]), 8, 1.0)
 
 
 @pytest.mark.parametrize("missing", ["offset", "scale", "both"])
 @pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
 def test_prologue_without_offset_or_scale(missing, kind):
-    arguments = list(transform_arguments(kind, 48))
-    arguments[0] = None if missing != "scale" else arguments[0]
-    arguments[1] = None if missing != "offset" else arguments[1]
-    assert_prologue(random(9, 48), tuple(arguments), 6, 0.9)
+    absent = {"offset": ["input_offset"], "scale": ["input_scale"], "both": ["input_offset", "input_scale"]}[missing]
+    assert_prologue(random(9, 48), transform_arguments(kind, 48)._replace(**dict.fromkeys(absent)), 6, 0.9)
 
 
 def test_ties_and_extremes_are_the_reference_to_the_bit():
     x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -7.0], [0.0] * 8, [1e-42] * 8, [3e38, -3e38] * 4])
     for bits, clip, isa in itertools.product((4, 6, 8), (1.0, 0.5), ISAS):
         native.use(isa)
-        found, expected = (
-            f(x, *NO_TRANSFORM, bits, clip) for f in (ops.quantize_tokens, ops.reference_quantize_tokens)
-        )
+        found = ops.quantize_tokens(x, *NO_TRANSFORM, bits, clip)
+        expected = ops.reference_quantize_tokens(x, NO_TRANSFORM, Rounding(bits, clip))
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
@@ -217,8 +216,8 @@ def test_weight_only_linear(kind, bits):
     arguments = transform_arguments(kind, 48)
     for tokens, dtype in itertools.product((0, 1, 9, 33), DTYPES):
         x = random(tokens, 48).to(dtype)
-        dense = ops.decode_weight(weight[0], weight[1], 48, 37, bits).double() * weight[2].double()[:, None]
-        expected = transformed(x.float(), *arguments) @ dense.T + weight[3].double()
+        dense = ops.decode_weight(weight, 48).double() * weight.row_scale.double()[:, None]
+        expected = transformed(x.float(), arguments) @ dense.T + weight.bias.double()
         bound = {torch.bfloat16: 5e-3, torch.float16: 6e-4}.get(dtype, 2e-6)
         for isa in ISAS:
             native.use(isa)
@@ -360,6 +359,7 @@ import torch
 from lrqdit import native
 from lrqdit.kernels import cpu as kernels
 from lrqdit.kernels import ops
+from lrqdit.kernels.ops import Rounding, Tokens, TransformArgs, WeightArgs
 codes, _ = ops.quantize_tokens(torch.arange(8.0)[None], None, None, "none", [], None, None, None, 4, 1.0)
 print(native.LIBRARY and native.LIBRARY.lrq_isa().decode(), codes.tolist()[0][-1])
 """
@@ -572,11 +572,8 @@ def test_shared_inputs_are_quantized_once(monkeypatch):
     q, k, v = layers = [random_layer(20, 24, 4) for _ in range(3)]
     k.share_input(q), v.share_input(q)
     x = random(2, 5, 24)
-    arguments = x.view(-1, 24), *q._input_arguments(), 8, 1.0
-    alone = [
-        ops.quantized_linear(*ops.quantize_tokens(*arguments), *layer._weight_arguments(), torch.float32)
-        for layer in layers
-    ]
+    tokens = q.arguments().quantize_tokens(x)
+    alone = [layer.arguments().quantized_linear(tokens, torch.float32) for layer in layers]
     calls.clear()
     for _ in range(2):
         for layer, expected in zip(layers, alone, strict=True):
@@ -639,14 +636,14 @@ def fill_randomly(layer, kind, seed=0):
     _, table, row_scale, bias, bits = random_weight(
         out_features, width, layout.weight_bits, False, seed=seed, is_trellis=layout.is_trellis
     )
-    offset, scale, _, factors, block1, permutation, block2 = transform_arguments(kind, width, seed)
+    transform = transform_arguments(kind, width, seed)
     codes = torch.randint(0, 1 << bits, (out_features, width), generator=torch.Generator().manual_seed(seed))
-    plain = rotation.Rotation(kind, width, tuple(factors), None, block1, block2, permutation)
-    return layer.fill(codes.to(torch.uint8), table, row_scale, bias, InputTransform(plain, offset, scale))
+    built = InputTransform(transform.build_rotation(width), transform.input_offset, transform.input_scale)
+    return layer.fill(codes.to(torch.uint8), table, row_scale, bias, built)
 
 
 def filled_layer(kind="hadamard", bits=4, activation_bits=8, levels="uniform", seed=0):
-    factors, table_rows = tuple(rotation.build(24, kind).factors), int(bits < 8)
+    factors, table_rows = rotation.build(24, kind)[0].factors, int(bits < 8)
     rest = dict(clip=0.9, token_levels=levels, has_offset=True, has_scale=True)
     rest |= dict(table_rows=table_rows, is_trellis=bits == 3, rotation=kind, factors=factors)
     layer = QuantLinear(linear_format(24, 20, bits, activation_bits, **rest))

@@ -127,24 +127,23 @@ def test_encode_with_any_table(bits, rows, has_tables, seed):
 @pytest.mark.parametrize("is_smoothed", [False, True])
 def test_fold(kind, is_smoothed):
     """Butterflies add in another order than matrix products: float rounding, nothing more."""
-    built = rotation.build(96, kind, 1)
-    parts = rotation.Rotation.from_tensors(kind, 96, built.factors, built.tensors())
-    scale = torch.ones(96) if built.signs is None else built.signs
+    parts, signs = rotation.build(96, kind, 1)
+    scale = torch.ones(96) if signs is None else signs
     scale = (scale * (random_importance(96) + 0.5)).half() if is_smoothed else scale.half()
     transform = activation.InputTransform(parts, None, scale)
     weight = make_gaussian(21, 96).to(torch.bfloat16)
     folded = ops.fold(transform, weight)
     assert folded.dtype == torch.float32 and folded.is_contiguous()
-    torch.testing.assert_close(folded, transform.fold(weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(folded, (weight / scale.float()) @ parts.matrix(), rtol=1e-5, atol=1e-5)
 
 
 def test_apply_transform_is_a_sound_operator():
     for kind in ("none", "hadamard"):
-        built = rotation.build(48, kind, 1)
-        arguments = make_gaussian(5, 48), None, torch.ones(48).half(), kind, list(built.factors), None, None, None
-        torch.library.opcheck(torch.ops.lrqdit.apply_transform.default, arguments)
-        expected = ops.reference_apply_transform(*arguments)
-        torch.testing.assert_close(ops.apply_transform(*arguments), expected, rtol=1e-5, atol=1e-5)
+        built, _ = rotation.build(48, kind, 1)
+        x, transform = make_gaussian(5, 48), ops.TransformArgs(None, torch.ones(48).half(), kind, built.factors)
+        torch.library.opcheck(ops.apply_transform, (x, *transform))
+        expected = ops.reference_apply_transform(x, transform)
+        torch.testing.assert_close(ops.apply_transform(x, *transform), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_errors_are_the_same():

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from lrqdit.kernels import ops
+from lrqdit.kernels.ops import Rounding, Tokens, TransformArgs, WeightArgs
 from lrqdit.numerics import rotation
 from lrqdit.numerics.packing import pack
 from lrqdit.numerics.tokens import InputTransform, quantize_tokens
 
-NO_TRANSFORM = (None, None, "none", [], None, None, None)
+NO_TRANSFORM = TransformArgs()
 
 
 def random(*shape, seed=0):
@@ -16,7 +17,7 @@ def random(*shape, seed=0):
 
 
 def random_weight(out_features, in_features, bits, table_rows, seed=0, has_bias=True):
-    """Arguments packed, table, row_scale, bias, bits of an operator, and the dense int8 weight they stand for."""
+    """A weight for the operators, and the dense int8 weight it stands for."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=generator).to(torch.uint8)
     table = None
@@ -38,14 +39,14 @@ def random_weight(out_features, in_features, bits, table_rows, seed=0, has_bias=
         dense = [[int(table[i % rows if rows > 1 else 0, int(c)]) for c in row] for i, row in enumerate(codes)]
     row_scale = torch.rand(out_features, generator=generator) + 0.1
     bias = torch.randn(out_features, generator=generator) if has_bias else None
-    return (pack(codes, bits), table, row_scale, bias, bits), torch.tensor(dense, dtype=torch.int64)
+    return WeightArgs(pack(codes, bits), table, row_scale, bias, bits), torch.tensor(dense, dtype=torch.int64)
 
 
 def transform_arguments(kind, width):
-    built = rotation.build(width, kind, 1, channel_absmax=random(width).abs())
+    built, _ = rotation.build(width, kind, 1, channel_absmax=random(width).abs())
     offset, scale = random(width, seed=1).half(), torch.exp(random(width, seed=2)).half()
     permutation = None if built.permutation is None else built.permutation.int()
-    return offset, scale, kind, list(built.factors), built.block1, permutation, built.block2
+    return TransformArgs(offset, scale, kind, built.factors, built.block1, permutation, built.block2)
 
 
 @pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
@@ -96,7 +97,7 @@ def test_weight_only_linear(bits, rows, tokens):
     weight, dense = random_weight(19, 24, bits, rows)
     x, arguments = random(tokens, 24), transform_arguments("hadamard", 24)
     y = ops.weight_only_linear(x, *arguments, *weight, torch.float32)
-    matrix = rotation.Rotation("hadamard", 24, tuple(arguments[3])).matrix().double()
+    matrix = arguments.build_rotation(24).matrix().double()
     rotated = ((x.double() - arguments[0].double()) * arguments[1].double()) @ matrix
     expected = rotated @ (dense.double() * weight[2].double()[:, None]).T + weight[3].double()
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-3)
@@ -124,14 +125,14 @@ def test_integer_product_by_floats():
 
 def test_decode_of_eight_bits():
     codes = torch.arange(256).view(16, 16).to(torch.uint8)
-    decoded = ops.decode_weight(pack(codes, 8), None, 16, 16, 8)
+    decoded = ops.decode_weight(WeightArgs(pack(codes, 8), None, torch.ones(16), None, 8), 16)
     assert decoded.dtype == torch.int8 and torch.equal(decoded.int(), codes.int() - 128)
 
 
 def test_decode_of_many_rows(monkeypatch):
     weight, dense = random_weight(40, 16, 3, "N")
     monkeypatch.setattr(ops, "ROWS_PER_CHUNK", 16)
-    assert torch.equal(ops.decode_weight(weight[0], weight[1], 16, 40, 3).long(), dense)
+    assert torch.equal(ops.decode_weight(weight, 16).long(), dense)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_decode_in_parts(bits, rows, in_features, monkeypatch):
     """Of eight tiles: a path goes on from one part to the next."""
     monkeypatch.setattr(ops, "CACHE_BYTES", 1)
     weight, dense = random_weight(150, in_features, bits, rows)
-    decoded = ops.decode_weight(weight[0], weight[1], in_features, 150, bits)
+    decoded = ops.decode_weight(weight, in_features)
     assert decoded.is_contiguous() and torch.equal(decoded.long(), dense)
 
 
@@ -152,10 +153,10 @@ def test_parts_in_cache_give_the_bits_of_the_whole(kind, monkeypatch):
     results = []
     for size in (1, 1 << 30):
         monkeypatch.setattr(ops, "CACHE_BYTES", size)
-        arguments = x, *transform_arguments(kind, 96)
-        codes, scale = ops.reference_quantize_tokens(*arguments, 8, 0.9)
-        y = ops.reference_quantized_linear(codes, scale, *weight, torch.bfloat16)
-        results.append((ops.reference_apply_transform(*arguments), codes, scale, y))
+        transform = transform_arguments(kind, 96)
+        tokens = Tokens(*ops.reference_quantize_tokens(x, transform, Rounding(8, 0.9)))
+        y = ops.reference_quantized_linear(tokens, weight, torch.bfloat16)
+        results.append((ops.reference_apply_transform(x, transform), tokens.codes, tokens.scale, y))
     assert all(map(torch.equal, *results))
 
 
@@ -165,12 +166,11 @@ def test_working_memory_changes_nothing(kind, shape):
     """The operators compute in memory of their own; the transform alone takes new memory for every step."""
     x, arguments = random(*shape), transform_arguments(kind, shape[1])
     before = x.clone()
-    parts = rotation.Rotation(kind, shape[1], tuple(arguments[3]), None, arguments[4], arguments[6], arguments[5])
-    expected = InputTransform(parts, *arguments[:2]).apply(x)
-    assert torch.equal(ops.reference_apply_transform(x, *arguments), expected)
+    expected = InputTransform(arguments.build_rotation(shape[1]), *arguments[:2]).apply(x)
+    assert torch.equal(ops.reference_apply_transform(x, arguments), expected)
     for bits, levels in ((8, "uniform"), (4, "uniform"), (4, "normal")):
         if shape[0]:
-            codes, scale = ops.reference_quantize_tokens(x, *arguments, bits, 0.9, levels)
+            codes, scale = ops.reference_quantize_tokens(x, arguments, Rounding(bits, 0.9, levels))
             assert all(map(torch.equal, (codes, scale), quantize_tokens(expected, bits, 0.9, levels)))
     assert torch.equal(x, before)
 
@@ -180,8 +180,9 @@ def test_threads_change_nothing(threads):
     x, (weight, _) = random(200, 1152), random_weight(150, 1152, 3, "trellis")
 
     def compute():
-        codes, scale = ops.reference_quantize_tokens(x, *transform_arguments("hadamard", 1152), 4, 0.9, "normal")
-        return codes, scale, ops.reference_quantized_linear(codes, scale, *weight, torch.bfloat16)
+        rounding = Rounding(4, 0.9, "normal")
+        tokens = Tokens(*ops.reference_quantize_tokens(x, transform_arguments("hadamard", 1152), rounding))
+        return *tokens[:2], ops.reference_quantized_linear(tokens, weight, torch.bfloat16)
 
     before = torch.get_num_threads()
     try:

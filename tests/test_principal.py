@@ -14,8 +14,8 @@ from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError
 from lrqdit.fitting.layer import FittedInput, quantize_linear
 from lrqdit.fitting.transform import choose_transform
-from lrqdit.kernels import cpu as kernels
-from lrqdit.kernels import ops
+from lrqdit.kernels import ops, principal
+from lrqdit.kernels.cpu import LayerCalls
 from lrqdit.numerics import rotation
 from lrqdit.numerics.principal import LowRank, find_directions, outlet, split
 from lrqdit.numerics.tokens import InputTransform
@@ -50,8 +50,7 @@ def quantized(weight, x, bias=None, preset="w4a4", **changes):
 def test_the_parts_add_up_exactly(width, out_features, rank, has_offset, has_scale, seed):
     """For any directions, far from orthonormal ones too: x^ W^T = (x^ - p U^T)(W - C^T U^T)^T + p C."""
     rank = min(rank, width)
-    built = rotation.build(width, "hadamard", seed)
-    plain = rotation.Rotation.from_tensors("hadamard", width, built.factors, built.tensors())
+    plain, _ = rotation.build(width, "hadamard", seed)
     offset = random(width, seed=seed).half() if has_offset else None
     scale = random(width, seed=seed + 1).abs().add(0.2).half() if has_scale else None
     u = LowRank.round(torch.linalg.qr(random(width, rank, seed=seed + 2)).Q.T * 1.1)
@@ -60,8 +59,10 @@ def test_the_parts_add_up_exactly(width, out_features, rank, has_offset, has_sca
     p = transform.smooth(x) @ u.values.T
     c = outlet(transform.unsmooth(weight), u)
     whole = transform.smooth(x) @ transform.unsmooth(weight).T
-    torch.testing.assert_close(transform.apply(x) @ transform.fold(weight).T + p @ c, whole, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(ops.fold(transform, weight), transform.fold(weight), rtol=1e-3, atol=1e-3)
+    folded = ops.fold(transform, weight)
+    torch.testing.assert_close(transform.apply(x) @ folded.T + p @ c, whole, rtol=1e-3, atol=1e-3)
+    unfolded = ops.unfold(transform, folded, LowRank(c, torch.ones(rank)))
+    torch.testing.assert_close(unfolded, weight, rtol=1e-3, atol=1e-3)
     left, coordinates = split(x, u, offset, scale)
     torch.testing.assert_close(coordinates, p, rtol=1e-3, atol=1e-3)
     without = InputTransform(plain, offset, scale)
@@ -136,7 +137,7 @@ def test_shared_inputs_are_split_once(monkeypatch):
     assert "principal" not in other.state_dict() and "outlet" in other.state_dict()
     other.share_input(layer)
     calls = []
-    monkeypatch.setattr("lrqdit.packed.linear.split", lambda *a: calls.append(1) or split(*a))
+    monkeypatch.setattr(principal, "split", lambda *a: calls.append(1) or split(*a))
     x = tokens(40, seed=30)
     with torch.no_grad():
         assert torch.equal(layer(x), other(x)) and len(calls) == 1
@@ -213,7 +214,8 @@ def test_kernels_take_it_out_as_exactly_as_torch(monkeypatch, rows, width, out_f
     def error(y):
         return float((y.double() - truth).norm() / truth.norm())
 
-    assert layer.calls.prepare(x, layer) and layer.calls.takes_principal(x)
+    calls = layer._calls(x, torch.bfloat16)
+    assert isinstance(calls, principal.KernelCalls)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -222,19 +224,18 @@ def test_kernels_take_it_out_as_exactly_as_torch(monkeypatch, rows, width, out_f
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    codes, scale, p = layer.calls.quantize_tokens(x, has_principal=True)
-    assert torch.equal(layer.calls.quantized_linear(codes, scale, torch.bfloat16, p), found[0])
+    whole = calls.quantize_tokens(x)
+    assert torch.equal(calls.quantized_linear(whole, torch.bfloat16), found[0])
+    p = whole.coordinates
     exact = layer.input_transform.smooth(x.float()) @ layer.input_transform.principal.values.T
     assert float((p[:, :rank].float() - exact).norm() / exact.norm()) < 0.01
     assert not p[:, rank:].any()
-    monkeypatch.setattr(kernels.LayerCalls, "takes_principal", lambda *_: False)
+    monkeypatch.setattr(principal, "kernels_take", lambda *_: False)
     by_torch = layer(x)
     assert error(found[0]) < 1.25 * error(by_torch) < 0.01  # both are roundings of bfloat16
     # what torch took out can be added by a kernel, too
-    t = layer.input_transform
-    left, by_split = split(x, t.principal, t.input_offset, t.input_scale)
-    codes, scale, _ = layer.calls.quantize_tokens(left)
-    assert error(layer.calls.quantized_linear(codes, scale, torch.bfloat16, by_split)) < 1.25 * error(by_torch)
+    by_split = layer._calls(x, torch.bfloat16).quantize_tokens(x)
+    assert error(calls.quantized_linear(by_split, torch.bfloat16)) < 1.25 * error(by_torch)
 
 
 @needs_pairs
@@ -243,8 +244,8 @@ def test_layers_that_share_an_input_share_its_coordinates(monkeypatch):
     alone = first(x), second(x)
     second.share_input(first)
     calls = []
-    original = kernels.LayerCalls.linear
-    monkeypatch.setattr(kernels.LayerCalls, "linear", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = LayerCalls.linear
+    monkeypatch.setattr(LayerCalls, "linear", lambda *a, **k: calls.append(1) or original(*a, **k))
     with torch.no_grad():
         assert torch.equal(first(x), alone[0]) and torch.equal(second(x), alone[1]) and len(calls) == 1
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -260,7 +261,7 @@ def test_other_dtypes_and_ranks_are_left_to_torch():
         (bfloat16_layer(96, 48, 6), x.half()),
         (wide, x.bfloat16()),
     ):
-        assert layer.calls.prepare(tokens_of, layer) and not layer.calls.takes_principal(tokens_of)
+        assert isinstance(layer._calls(tokens_of, tokens_of.dtype), principal.TorchCalls)
         truth = (x.double() - layer.input_transform.input_offset.double()) @ layer.dequantize().double().T
         found = layer(tokens_of).double() - layer.bias.double()
         assert float((found - truth).norm() / truth.norm()) < 0.05

@@ -430,3 +430,30 @@ def test_prompts_are_held_out_whole(monkeypatch):
     seen.clear()
     lrqdit.observe(pipeline, prompts=[f"prompt {i}" for i in range(16)], steps=2, batch_size=2, show_progress=False)
     assert sum(seen) / len(seen) == 1 / 8
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("w4a8", {}),
+        ("w4a4", {"rotation": "outlier"}),
+        ("w3a8", {"mode": "paper"}),
+        ("w4a8", {"sensitivity": "measured"}),
+        ("w4a8", {"is_calibrated": False}),
+    ],
+)
+def test_default_dtype_does_not_matter(preset, settings):
+    """torch.set_default_dtype is the user's: neither what is stored nor what a layer computes may depend on it."""
+    x, results = random(4, 10, 8, seed=5), []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        model = build()
+        torch.set_default_dtype(dtype)
+        try:
+            loop = {"forward_loop": lambda m: m(x)} if settings.get("is_calibrated", True) else {}
+            lrqdit.quantize(model, preset, show_progress=False, **loop, **settings)
+            with torch.no_grad():
+                results.append((state_digest(model), model(x), model.stages[0].wq.to_linear().weight))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for digest, y, weight in results[1:]:
+        assert digest == results[0][0] and torch.equal(y, results[0][1]) and torch.equal(weight, results[0][2])

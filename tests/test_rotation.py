@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from lrqdit.errors import RotationError
 from lrqdit.numerics import rotation
 from lrqdit.numerics.hadamard import hadamard_matrix
-from lrqdit.numerics.rotation import ROTATIONS, Rotation, build, zigzag_permutation
-from lrqdit.numerics.shapes import kronecker_factors
+from lrqdit.numerics.rotation import ROTATIONS, build, zigzag_permutation
+from lrqdit.numerics.shapes import check_factors, kronecker_factors
 
 TRANSFORMER_WIDTHS = [
     *(64, 96, 192, 288, 384, 864, 1024, 1152, 1408, 1536, 1920, 2048, 2240, 2304, 2432, 2816, 3072, 3360, 3840),
@@ -40,10 +40,15 @@ def salient_activations(tokens, in_features, seed=0, scales=SALIENT / 4):
     return x
 
 
+def make(*arguments, **named):
+    """The rotation alone."""
+    return build(*arguments, **named)[0]
+
+
 @functools.cache
 def built(in_features, kind, seed=0):
     absmax = activations(64, in_features).abs().amax(0) if kind == "outlier" else None
-    return build(in_features, kind, seed, channel_absmax=absmax)
+    return make(in_features, kind, seed, channel_absmax=absmax)
 
 
 def relative_error(actual, expected):
@@ -113,7 +118,7 @@ def test_rotation_is_orthogonal(in_features, kind):
 def test_every_small_width_gives_an_orthogonal_matrix(in_features, kind, seed):
     if kind == "outlier" and in_features > 128 and all(in_features % d for d in range(2, 129)):
         in_features -= 1
-    made = build(in_features, kind, seed, channel_absmax=activations(8, in_features, 3).abs().amax(0))
+    made = make(in_features, kind, seed, channel_absmax=activations(8, in_features, 3).abs().amax(0))
     matrix = made.matrix()
     assert torch.allclose(matrix @ matrix.T, torch.eye(in_features), atol=5e-6)
     x = activations(2, in_features, 4)
@@ -124,14 +129,14 @@ def test_every_small_width_gives_an_orthogonal_matrix(in_features, kind, seed):
 
 
 def test_hadamard_matches_a_kronecker_product():
-    made = build(1152, "hadamard", 5)
+    made = make(1152, "hadamard", 5)
     twelve = hadamard_matrix(12).double()
     expected = torch.kron(torch.kron(twelve, twelve), hadamard_matrix(8).double()) / math.sqrt(1152)
-    assert torch.allclose(made.matrix().double(), made.signs[:, None] * expected, atol=1e-7)
+    assert torch.allclose(made.matrix().double(), expected, atol=1e-7)
 
 
 def test_block_hadamard_stays_within_its_blocks():
-    made = build(384, "block_hadamard")
+    made = make(384, "block_hadamard")
     inside = torch.block_diag(*[torch.ones(128, 128)] * 3)
     assert made.factors == (128,)
     assert torch.allclose(made.matrix().abs(), inside / math.sqrt(128), atol=1e-7)
@@ -149,7 +154,7 @@ def test_outlier_matches_its_dense_factors():
 def test_folding_leaves_the_layer_unchanged(in_features, kind):
     made = built(in_features, kind)
     x, weight = activations(5, in_features, 1), activations(7, in_features, 2)
-    assert relative_error(made.apply(x) @ made.fold(weight).T, x @ weight.T) < 1e-5
+    assert relative_error(made.apply(x) @ made.apply(weight).T, x @ weight.T) < 1e-5
 
 
 @pytest.mark.parametrize("in_features", [192, 1152, 2053, 2304])
@@ -158,16 +163,16 @@ def test_one_outlier_of_245_is_spread_over_the_channels(in_features):
     x[:, 5] = 245.0
     kinds = ["hadamard"] if in_features == 2053 else ["hadamard", "outlier"]
     for kind in kinds:
-        made = build(in_features, kind, channel_absmax=x.abs().amax(0))
+        made = make(in_features, kind, channel_absmax=x.abs().amax(0))
         assert made.apply(x).abs().max() < 5 * 245 / math.sqrt(in_features) + 5
 
 
 def test_rotation_lowers_the_quantization_error():
     x, calibration = salient_activations(64, 1152, 1), salient_activations(64, 1152, 2)
     plain = quantization_error(x)
-    full = quantization_error(build(1152, "hadamard").apply(x))
-    fitted = quantization_error(build(1152, "outlier", channel_absmax=calibration.abs().amax(0)).apply(x))
-    sampled = quantization_error(build(1152, "outlier", sample=calibration).apply(x))
+    full = quantization_error(make(1152, "hadamard").apply(x))
+    fitted = quantization_error(make(1152, "outlier", channel_absmax=calibration.abs().amax(0)).apply(x))
+    sampled = quantization_error(make(1152, "outlier", sample=calibration).apply(x))
     assert full < plain
     assert fitted < plain
     assert sampled < plain
@@ -176,14 +181,19 @@ def test_rotation_lowers_the_quantization_error():
 @pytest.mark.parametrize("kind", ["hadamard", "block_hadamard"])
 def test_signs_depend_on_the_seed_alone(kind):
     torch.manual_seed(1)
-    first = build(1152, kind, 3)
+    _, first = build(1152, kind, 3)
     torch.manual_seed(2)
-    second = build(1152, kind, 3)
-    assert torch.equal(first.signs, second.signs)
-    assert first.signs.dtype == torch.float32
-    assert not torch.equal(first.signs, build(1152, kind, 4).signs)
-    assert set(first.signs.tolist()) == {-1.0, 1.0}
-    assert abs(float(first.signs.mean())) < 0.15
+    _, second = build(1152, kind, 3)
+    assert torch.equal(first, second)
+    assert first.dtype == torch.float32
+    assert not torch.equal(first, build(1152, kind, 4)[1])
+    assert set(first.tolist()) == {-1.0, 1.0}
+    assert abs(float(first.mean())) < 0.15
+
+
+@pytest.mark.parametrize("kind", ["none", "outlier"])
+def test_other_kinds_have_no_signs(kind):
+    assert build(96, kind)[1] is None
 
 
 def test_building_leaves_the_global_generator_alone():
@@ -191,19 +201,6 @@ def test_building_leaves_the_global_generator_alone():
     build(96, "outlier", channel_absmax=torch.ones(96))
     build(96, "hadamard")
     assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("kind", ROTATIONS)
-@pytest.mark.parametrize("in_features", [1, 99, 384, 1250])
-def test_stored_parts_rebuild_the_rotation_to_the_bit(in_features, kind):
-    made, x = built(in_features, kind), activations(5, in_features)
-    stored = {name: tensor.clone() for name, tensor in made.tensors().items()}
-    assert (kind == "outlier") == bool(stored)
-    rebuilt = Rotation.from_tensors(kind, in_features, list(made.factors), stored)
-    assert rebuilt.signs is None
-    assert torch.equal(rebuilt.apply(x), made.apply_without_signs(x))
-    folded = x if made.signs is None else x * made.signs
-    assert torch.equal(rebuilt.apply(folded), made.apply(x))
 
 
 @settings(max_examples=60, deadline=None)
@@ -232,17 +229,16 @@ def test_bits_do_not_depend_on_the_number_of_threads(tokens, in_features, kind):
 def test_the_fit_does_not_depend_on_the_number_of_threads(argument):
     calibration = salient_activations(50, 1152)
     given = {argument: calibration.abs().amax(0) if argument == "channel_absmax" else calibration}
-    single = build(1152, "outlier", 1, **given).tensors()
+    single = make(1152, "outlier", 1, **given)
     torch.set_num_threads(2)
-    double = build(1152, "outlier", 1, **given).tensors()
+    double = make(1152, "outlier", 1, **given)
     assert torch.get_num_threads() == 2
-    assert all(torch.equal(single[name], double[name]) for name in single)
-    other = build(1152, "outlier", 2, **given).tensors()
-    assert not torch.equal(single["block1"], other["block1"])
+    assert all(torch.equal(getattr(single, n), getattr(double, n)) for n in ("block1", "block2", "permutation"))
+    assert not torch.equal(single.block1, make(1152, "outlier", 2, **given).block1)
 
 
 def test_a_fit_to_equal_magnitudes_needs_no_rotation():
-    made = build(256, "outlier", channel_absmax=torch.zeros(256))
+    made = make(256, "outlier", channel_absmax=torch.zeros(256))
     assert torch.equal(made.matrix().abs().sum(0), torch.ones(256))
 
 
@@ -276,12 +272,12 @@ def test_apply_leaves_its_input_alone_and_passes_gradients():
 
 
 def test_default_dtype_does_not_matter():
-    expected = build(99, "outlier", channel_absmax=torch.arange(99.0)).matrix()
+    expected = make(99, "outlier", channel_absmax=torch.arange(99.0)).matrix()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        made = build(99, "outlier", channel_absmax=torch.arange(99.0, dtype=torch.float32))
+        made = make(99, "outlier", channel_absmax=torch.arange(99.0, dtype=torch.float32))
         assert torch.equal(made.matrix(), expected)
-        assert build(2053, "hadamard").apply(torch.ones(2053)).dtype == torch.float32
+        assert make(2053, "hadamard").apply(torch.ones(2053)).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -312,17 +308,15 @@ def test_build_refuses_bad_arguments(arguments, keywords, message):
         build(*arguments, **keywords)
 
 
-def test_apply_and_fold_refuse_bad_tensors():
-    made = build(96, "hadamard")
-    for operation in (made.apply, made.apply_without_signs, made.apply_transpose):
+def test_apply_refuses_bad_tensors():
+    made = make(96, "hadamard")
+    for operation in (made.apply, made.apply_transpose):
         with pytest.raises(RotationError, match="in_features=96"):
             operation(torch.ones(2, 95))
         with pytest.raises(RotationError, match="in_features=96"):
             operation(torch.tensor(1.0))
         with pytest.raises(RotationError, match="floating"):
             operation(torch.ones(2, 96, dtype=torch.int32))
-    with pytest.raises(RotationError, match="not a matrix"):
-        made.fold(torch.ones(96))
 
 
 @pytest.mark.parametrize(
@@ -345,29 +339,9 @@ def test_apply_and_fold_refuse_bad_tensors():
         ("outlier", 512, (256,)),
     ],
 )
-def test_from_tensors_refuses_factors_that_do_not_fit(kind, in_features, factors):
+def test_factors_that_do_not_fit_are_refused(kind, in_features, factors):
     with pytest.raises(RotationError):
-        Rotation.from_tensors(kind, in_features, factors, {})
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"block1": None},
-        {"extra": torch.ones(1)},
-        {"block1": torch.eye(96).half()},
-        {"block1": torch.eye(48)},
-        {"block2": torch.ones(96, 96)},
-        {"block2": torch.full((96, 96), math.nan)},
-        {"permutation": torch.zeros(96, dtype=torch.int64)},
-        {"permutation": torch.arange(96) - 1},
-        {"permutation": torch.arange(96).int()},
-    ],
-)
-def test_from_tensors_refuses_damaged_tensors(damage):
-    tensors = {**built(96, "outlier").tensors(), **damage}
-    with pytest.raises(RotationError, match="from_tensors"):
-        Rotation.from_tensors("outlier", 96, (96,), {k: v for k, v in tensors.items() if v is not None})
+        check_factors(kind, in_features, factors)
 
 
 def test_the_table_of_the_module_names_every_kind():
@@ -375,7 +349,7 @@ def test_the_table_of_the_module_names_every_kind():
 
 
 def test_outlier_without_magnitudes_is_orthogonal_and_mixes():
-    made = build(96, "outlier")
+    made = make(96, "outlier")
     matrix = made.matrix()
     assert torch.allclose(matrix @ matrix.T, torch.eye(96), atol=1e-5)
     assert float(matrix.abs().max()) < 0.9

@@ -14,6 +14,7 @@ from test_ops import NO_TRANSFORM, random, random_weight, transform_arguments
 import lrqdit
 from lrqdit.errors import ConfigError
 from lrqdit.kernels import gpu, ops
+from lrqdit.kernels.ops import Rounding, Tokens, TransformArgs
 from lrqdit.numerics import rotation
 from lrqdit.numerics.tokens import normal_lookup
 from lrqdit.packed.dummy import random_layer
@@ -42,8 +43,9 @@ SHAPES[6] = 16, 1152, 4608
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]
 
 
-def move(arguments):
-    return [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+def move(record):
+    """A record of arguments on the device."""
+    return type(record)(*(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in record))
 
 
 def rounded(y, dtype):
@@ -53,19 +55,19 @@ def rounded(y, dtype):
     return y.to(dtype)
 
 
-def check_codes(x, arguments, bits, clip):
+def check_codes(x, transform, bits, clip):
     """Steps to float rounding, codes exact but where the reference is within float rounding of a tie."""
-    codes, scale = triton_prologue.quantize_tokens(x.to(DEVICE), *move(arguments), bits, clip)
-    expected_codes, expected_scale = ops.REFERENCE["quantize_tokens"](x, *arguments, bits, clip)
+    codes, scale = triton_prologue.quantize_tokens(x.to(DEVICE), move(transform), Rounding(bits, clip))
+    expected_codes, expected_scale = ops.reference_quantize_tokens(x, transform, Rounding(bits, clip))
     assert codes.dtype == torch.int8 and codes.shape == x.shape and codes.is_contiguous()
     torch.testing.assert_close(scale.cpu(), expected_scale, rtol=3e-6, atol=0)
     difference = codes.cpu().int() - expected_codes.int()
     assert difference.abs().max() <= 1
-    exact = ops.reference_apply_transform(x, *arguments) / expected_scale[:, None]
+    exact = ops.reference_apply_transform(x, transform) / expected_scale[:, None]
     distance_to_tie = (exact - exact.floor() - 0.5).abs()
     assert (distance_to_tie[difference != 0] < 2e-4).all()
     if bits == 8:
-        normal, _ = triton_prologue.quantize_tokens(x.to(DEVICE), *move(arguments), 4, clip, "normal")
+        normal, _ = triton_prologue.quantize_tokens(x.to(DEVICE), move(transform), Rounding(4, clip, "normal"))
         assert torch.equal(normal.cpu(), normal_lookup()[codes.cpu().int() + 128])
 
 
@@ -92,42 +94,43 @@ def check_codes(x, arguments, bits, clip):
     ],
 )
 def test_rotations(kind, width, factors):
-    built = rotation.build(width, kind, 1, channel_absmax=random(width).abs())
+    built, _ = rotation.build(width, kind, 1, channel_absmax=random(width).abs())
     block1, block2 = built.block1, built.block2
     if kind == "outlier" and factors != built.factors:
         block1, block2 = (torch.linalg.qr(random(*factors, *factors, seed=s)).Q.contiguous() for s in (5, 6))
     permutation = None if built.permutation is None else built.permutation.int()
     offset, scale = random(width, seed=1).half(), torch.exp(random(width, seed=2)).half()
-    arguments = (offset, scale, kind, list(factors), block1, permutation, block2)
+    arguments = TransformArgs(offset, scale, kind, factors, block1, permutation, block2)
     x = random(3, width) * torch.tensor([[1.0], [1e-4], [300.0]])
     check_codes(x, arguments, 8, 0.9)
-    y = triton_prologue.transform_tokens(x.to(DEVICE), *move(arguments)).cpu()
-    expected = ops.reference_apply_transform(x, *arguments)
+    y = triton_prologue.transform_tokens(x.to(DEVICE), move(arguments)).cpu()
+    expected = ops.reference_apply_transform(x, arguments)
     assert ((y - expected).abs().amax(1) <= 1e-6 * expected.abs().amax(1)).all()
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("clip", [1.0, 0.7])
 def test_activation_bits(bits, clip):
-    check_codes(random(5, 40), (None, None, "none", [], None, None, None), bits, clip)
+    check_codes(random(5, 40), NO_TRANSFORM, bits, clip)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("has_offset", "has_scale"), [(True, False), (False, True)])
 def test_input_dtypes(dtype, has_offset, has_scale):
-    offset, scale, *rest = transform_arguments("hadamard", 48)
-    arguments = (offset if has_offset else None, scale if has_scale else None, *rest)
+    arguments = transform_arguments("hadamard", 48)
+    arguments = arguments._replace(input_offset=None) if not has_offset else arguments
+    arguments = arguments._replace(input_scale=None) if not has_scale else arguments
     check_codes(random(4, 48).to(dtype), arguments, 8, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
 def test_special_tokens(kind):
-    _, _, *rest = transform_arguments(kind, 48)
+    arguments = transform_arguments(kind, 48)._replace(input_offset=None, input_scale=None)
     x = random(6, 48)
     x[1], x[2, 3], x[3, 5], x[4], x[5] = 0, float("nan"), float("inf"), x[4] * 1e-41, x[5] * 1e37
-    codes, scale = triton_prologue.quantize_tokens(x.to(DEVICE), *move((None, None, *rest)), 8, 1.0)
-    expected_codes, expected = ops.REFERENCE["quantize_tokens"](x, None, None, *rest, 8, 1.0)
+    codes, scale = triton_prologue.quantize_tokens(x.to(DEVICE), move(arguments), Rounding(8, 1.0))
+    expected_codes, expected = ops.reference_quantize_tokens(x, arguments, Rounding(8, 1.0))
     assert scale[1] == 0 and not codes[1].any()
     assert torch.equal(scale.isfinite().cpu(), expected.isfinite())
     assert scale[2].isnan()
@@ -141,17 +144,17 @@ def test_strided_and_empty_inputs():
     x, arguments = random(48, 5), transform_arguments("hadamard", 48)
     check_codes(x.t(), arguments, 8, 1.0)
     check_codes(random(3, 60)[:, :48], arguments, 8, 1.0)
-    codes, scale = triton_prologue.quantize_tokens(random(0, 48).to(DEVICE), *move(arguments), 8, 1.0)
+    codes, scale = triton_prologue.quantize_tokens(random(0, 48).to(DEVICE), move(arguments), Rounding(8, 1.0))
     assert codes.shape == (0, 48) and scale.shape == (0,)
 
 
 def test_a_box_beyond_the_shared_memory_is_rotated_by_torch(monkeypatch):
     launch = triton_prologue._launch
 
-    def refuse(x, offset, scale, permutation, axes, *rest):
+    def refuse(x, transform, axes, *rest):
         if any(axis.factors for axis in axes):
             raise triton_prologue.OutOfResources(300_000, 232_448, "shared memory")
-        return launch(x, offset, scale, permutation, axes, *rest)
+        return launch(x, transform, axes, *rest)
 
     monkeypatch.setattr(triton_prologue, "_launch", refuse)
     monkeypatch.setattr(triton_prologue, "_too_large", set())
@@ -182,9 +185,10 @@ def test_quantized_linear_is_exact(bits, rows, plan):
         weight, _ = random_weight(out_features, in_features, bits, rows, has_bias=in_features != 20)
         codes = torch.randint(-128, 128, (tokens, in_features), generator=torch.Generator().manual_seed(9))
         codes, scale = codes.to(torch.int8), random(tokens, seed=3).abs() * 0.01
-        expected = ops.REFERENCE["quantized_linear"](codes, scale, *weight, torch.float32)
+        tokens = Tokens(codes, scale)
+        expected = ops.reference_quantized_linear(tokens, weight, torch.float32)
         for dtype in DTYPES:
-            y = triton_gemm.multiply(plan, codes.to(DEVICE), scale.to(DEVICE), *move(weight), dtype)
+            y = triton_gemm.multiply(plan, move(tokens), move(weight), dtype)
             assert y.dtype == dtype and torch.equal(y.cpu(), rounded(expected, dtype))
 
 
@@ -194,22 +198,22 @@ def test_every_plan(plan):
     tokens, out_features, in_features = (40, 88, 560) if plan.block_m <= 64 else (136, 264, 144)
     weight, _ = random_weight(out_features, in_features, 4, "1")
     codes = torch.randint(-128, 128, (tokens, in_features), generator=torch.Generator().manual_seed(9)).to(torch.int8)
-    scale = random(tokens, seed=3).abs()
+    x = Tokens(codes, random(tokens, seed=3).abs())
     if HAS_GPU and triton_gemm._milliseconds(
-        lambda p: triton_gemm.multiply(p, codes.cuda(), scale.cuda(), *move(weight), torch.float32), plan
+        lambda p: triton_gemm.multiply(p, move(x), move(weight), torch.float32), plan
     ) == float("inf"):
         pytest.skip("this device cannot run the plan")
-    y = triton_gemm.multiply(plan, codes.to(DEVICE), scale.to(DEVICE), *move(weight), torch.float32)
-    assert torch.equal(y.cpu(), ops.REFERENCE["quantized_linear"](codes, scale, *weight, torch.float32))
+    y = triton_gemm.multiply(plan, move(x), move(weight), torch.float32)
+    assert torch.equal(y.cpu(), ops.reference_quantized_linear(x, weight, torch.float32))
 
 
 def test_long_sums_are_exact():
     weight, _ = random_weight(16, 5000, 8, "1")
     weight[0].zero_()  # codes 0 stand for -128
-    codes, scale = torch.full((2, 5000), -128, dtype=torch.int8), torch.ones(2)
-    expected = ops.REFERENCE["quantized_linear"](codes, scale, *weight, torch.float32)
+    tokens = Tokens(torch.full((2, 5000), -128, dtype=torch.int8), torch.ones(2))
+    expected = ops.reference_quantized_linear(tokens, weight, torch.float32)
     for plan in (Plan("fused", 16, 16, 512, 4, 2), Plan("float", 16, 16, 512, 4, 2)):
-        y = triton_gemm.multiply(plan, codes.to(DEVICE), scale.to(DEVICE), *move(weight), torch.float32)
+        y = triton_gemm.multiply(plan, move(tokens), move(weight), torch.float32)
         assert torch.equal(y.cpu(), expected)
 
 
@@ -219,19 +223,19 @@ def test_weight_only_linear(bits, rows, x_dtype):
     weight, _ = random_weight(19, 48, bits, rows)
     for tokens, arguments in ((1, NO_TRANSFORM), (33, NO_TRANSFORM), (6, transform_arguments("hadamard", 48))):
         x = random(tokens, 48).to(x_dtype)
-        expected = ops.REFERENCE["weight_only_linear"](x, *arguments, *weight, torch.float32)
+        expected = ops.reference_weight_only_linear(x, arguments, weight, torch.float32)
         size = expected.abs().max()
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
-            y = triton_gemm.weight_only_linear(x.to(DEVICE), *move(arguments), *move(weight), dtype)
+            y = triton_gemm.weight_only_linear(x.to(DEVICE), move(arguments), move(weight), dtype)
             assert y.dtype == dtype and ((y.cpu().float() - expected).abs().max() / size) < tolerance
 
 
 def test_no_tokens():
     weight, _ = random_weight(19, 24, 4, "1")
-    codes, scale = torch.empty(0, 24, dtype=torch.int8), torch.empty(0)
-    y = triton_gemm.quantized_linear(codes.to(DEVICE), scale.to(DEVICE), *move(weight), torch.float16)
+    tokens = Tokens(torch.empty(0, 24, dtype=torch.int8), torch.empty(0))
+    y = triton_gemm.quantized_linear(move(tokens), move(weight), torch.float16)
     assert y.shape == (0, 19) and y.dtype == torch.float16
-    y = triton_gemm.weight_only_linear(random(0, 24).to(DEVICE), *NO_TRANSFORM, *move(weight), torch.float32)
+    y = triton_gemm.weight_only_linear(random(0, 24).to(DEVICE), NO_TRANSFORM, move(weight), torch.float32)
     assert y.shape == (0, 19)
 
 
@@ -283,9 +287,10 @@ def test_registered_operators_reach_the_kernels(monkeypatch):
     x, arguments = random(3, 48), transform_arguments("hadamard", 48)
     for kernels in gpu.KERNELS:
         monkeypatch.setattr(gpu, "choose_kernels", lambda device, kernels=kernels: gpu.Choice(kernels, ""))
-        codes, scale = gpu._make_operator("quantize_tokens")(*move((x, *arguments)), 8, 1.0)
-        y = gpu._make_operator("quantized_linear")(codes, scale, *move(weight), torch.float32)
-        z = gpu._make_operator("weight_only_linear")(*move((x, *arguments)), *move(weight), torch.float32)
+        x, arguments, weight = x.to(DEVICE), move(arguments), move(weight)
+        tokens = Tokens(*gpu._make_operator("quantize_tokens")(x, arguments, Rounding(8, 1.0)))
+        y = gpu._make_operator("quantized_linear")(tokens, weight, torch.float32)
+        z = gpu._make_operator("weight_only_linear")(x, arguments, weight, torch.float32)
         assert (y - z).abs().max() < 0.02 * z.abs().max()
 
 
@@ -309,14 +314,15 @@ class TestOnDevice:
             tokens, in_features, out_features = shape
             layer = random_layer(in_features, out_features, bits, 8, DEVICE)
             x = torch.randn(tokens, in_features, device=DEVICE, dtype=torch.bfloat16)
-            codes, scale = ops.quantize_tokens(x, *layer._input_arguments(), 8, 1.0)
-            expected_codes, expected_scale = ops.REFERENCE["quantize_tokens"](x, *layer._input_arguments(), 8, 1.0)
+            arguments = layer.arguments()
+            codes, scale, _ = arguments.quantize_tokens(x)
+            expected_codes, expected_scale = ops.reference_quantize_tokens(x, *arguments[:2])
             torch.testing.assert_close(scale, expected_scale, rtol=3e-6, atol=0)
             assert (codes.int() - expected_codes.int()).abs().max() <= 1
             assert (codes != expected_codes).float().mean() < 1e-3
-            weight = (layer.packed, layer._buffers.get("table"), layer.row_scale, layer.bias, bits, torch.bfloat16)
-            y = ops.quantized_linear(codes, scale, *weight)
-            assert torch.equal(y, ops.REFERENCE["quantized_linear"](codes, scale, *weight))
+            tokens = Tokens(codes, scale)
+            y = arguments.quantized_linear(tokens, torch.bfloat16)
+            assert torch.equal(y, ops.reference_quantized_linear(tokens, arguments.weight, torch.bfloat16))
 
     @pytest.mark.parametrize("activation_bits", [8, 16])
     def test_compile_without_graph_breaks(self, activation_bits):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.methods.recipes import Recipe
 from lrqdit.calibration.statistics import ActivationStats, InputGroup
 from lrqdit.fitting.compensate import damp_moment, factorize, gptq, transform_moment
+from lrqdit.kernels import ops
 from lrqdit.numerics import rotation
 from lrqdit.numerics.codebook import fit
 from lrqdit.numerics.rotation import single_thread
@@ -71,7 +72,7 @@ class Transform:
         return self.base.apply(x if self.permutation is None else x[..., self.permutation])
 
     def fold(self, weight: Tensor) -> Tensor:
-        return self.base.fold(weight if self.permutation is None else weight[:, self.permutation])
+        return ops.fold(self.base, weight if self.permutation is None else weight[:, self.permutation])
 
     def fold_moment(self, moment: Tensor) -> Tensor:
         if self.permutation is not None:
@@ -341,7 +342,6 @@ def _build_transform(width: int, recipe: Recipe, smoothing: Tensor, absmax: Tens
     if recipe.rotation == "permuted_block":
         permutation = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
         smoothing = smoothing[permutation]
-    built = rotation.build(width, kind, seed * 1_000_003 + width, channel_absmax=absmax * smoothing)
-    scale = smoothing if built.signs is None else smoothing * built.signs
-    plain = rotation.Rotation.from_tensors(kind, width, built.factors, built.tensors())
-    return Transform(InputTransform(plain, None, scale.to(torch.float16)), permutation, recipe, bits)
+    built, signs = rotation.build(width, kind, seed * 1_000_003 + width, channel_absmax=absmax * smoothing)
+    scale = smoothing if signs is None else smoothing * signs
+    return Transform(InputTransform(built, None, scale.to(torch.float16)), permutation, recipe, bits)

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrqdit.app import doctor
 from lrqdit.app.memory import build_model, replace_layers
 from lrqdit.app.speed import time_calls
 from lrqdit.config import QuantizationConfig
-from lrqdit.kernels import ops
 from lrqdit.packed.dummy import fill_randomly, random_layer
 from lrqdit.packed.linear import QuantLinear
 
@@ -60,13 +59,16 @@ def measure_layer(tokens: int, in_features: int, out_features: int, device: torc
     x = torch.randn(tokens, in_features, device=device, dtype=torch.bfloat16)
     dense = nn.Linear(in_features, out_features, device=device, dtype=torch.bfloat16)
     layers = {f"w{bits}": random_layer(in_features, out_features, bits, 8, device) for bits in (4, 3)}
-    codes, scale = layers["w4"].quantize_input(x)
+    tokens = layers["w4"].quantize_input(x)
     whole = torch.randint(-127, 128, (out_features, in_features), device=device, dtype=torch.int8)
     calls = {
         "bf16": lambda: dense(x),
-        "int_mm": lambda: torch._int_mm(codes, whole.t()),
+        "int_mm": lambda: torch._int_mm(tokens.codes, whole.t()),
         "prologue": lambda: layers["w4"].quantize_input(x),
-        **{name: lambda layer=layer: multiply(layer, codes, scale) for name, layer in layers.items()},
+        **{
+            name: lambda layer=layer: layer.arguments().quantized_linear(tokens, torch.bfloat16)
+            for name, layer in layers.items()
+        },
         **{f"{name}a8": lambda layer=layer: layer(x) for name, layer in layers.items()},
     }
     if (rival := quantize_with_torchao(dense)) is not None:
@@ -77,11 +79,6 @@ def measure_layer(tokens: int, in_features: int, out_features: int, device: torc
     row["w4a8 x bf16"] = row["bf16"] / row["w4a8"]
     row["w4a8 / (int_mm + prologue)"] = row["int_mm"] and row["w4a8"] / (row["int_mm"] + row["prologue"])
     return row
-
-
-def multiply(layer: QuantLinear, codes: Tensor, scale: Tensor) -> Tensor:
-    table, bits = layer._buffers.get("table"), layer.format.weight_bits
-    return ops.quantized_linear(codes, scale, layer.packed, table, layer.row_scale, layer.bias, bits, torch.bfloat16)
 
 
 def quantize_with_torchao(dense: nn.Linear) -> Any:

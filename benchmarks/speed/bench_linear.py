@@ -35,7 +35,6 @@ import lrqdit
 from benchmarks.machine import read_processor
 from lrqdit import native
 from lrqdit.config import QuantizationConfig
-from lrqdit.kernels import ops
 from lrqdit.packed.linear import QuantLinear
 
 SHAPES = {
@@ -78,10 +77,9 @@ def build_ours(linear: nn.Linear, preset: str) -> nn.Module:
 
 def build_product(layer: QuantLinear, x: torch.Tensor) -> Callable:
     """What is left of a layer once its input is rounded."""
-    codes, scale = layer.quantize_input(x)
-    if layer.calls.prepare(x, layer):
-        return lambda: layer.calls.quantized_linear(codes, scale, x.dtype)
-    return lambda: ops.quantized_linear(codes, scale, *layer._weight_arguments(), x.dtype)
+    tokens = layer.quantize_input(x)
+    calls = layer.calls if layer.calls.prepare(x, x.dtype, layer) else layer.arguments()
+    return lambda: calls.quantized_linear(tokens, x.dtype)
 
 
 def build_torchao(linear: nn.Linear, x: torch.Tensor) -> Callable:

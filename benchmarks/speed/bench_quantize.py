@@ -145,7 +145,7 @@ def compare(shape: tuple[int, int], rounds: int, peers: dict[str, Callable[[Tens
         ways["native"].append(quantize(weight, lambda w: ops.fold(transform, w))[0])
         ways[TRELLIS].append(quantize(weight, lambda w: ops.fold(transform, w), True)[0])
         with reference():
-            ways["reference"].append(quantize(weight, transform.fold)[0])
+            ways["reference"].append(quantize(weight, lambda w: transform.rotation.apply(transform.unsmooth(w)))[0])
         for name, peer in peers.items():
             ways[name].append({"quantize": measure(lambda run=peer: run(weight))})
     slice_seconds = [measure(lambda: search_grid(part))]
@@ -161,7 +161,7 @@ def compare(shape: tuple[int, int], rounds: int, peers: dict[str, Callable[[Tens
         print(f"{name:>36}" + "".join(shown))
     for name, way in (("seconds", "native"), ("trellis_seconds", TRELLIS)):
         results[name] = statistics.median(sum(run.values()) for run in ways[way])
-    folded = transform.fold(weight)
+    folded = ops.fold(transform, weight)
     with reference():
         expected = quantize(folded, lambda w: w)[1]
     results["is_identical"] = torch.equal(quantize(folded, lambda w: w)[1], expected)

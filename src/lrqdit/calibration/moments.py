@@ -35,7 +35,7 @@ class SecondMoment:
     def __init__(self, shift: Tensor) -> None:
         self.shift = shift
         self.count = 0
-        self._square = torch.zeros(len(shift), len(shift), device=shift.device)
+        self._square = torch.zeros(len(shift), len(shift), dtype=torch.float32, device=shift.device)
         self._sum = np.zeros(len(shift))
         self._weight_square = 0.0
         self._pending: list[tuple[Tensor, Tensor]] = []

@@ -129,7 +129,7 @@ class Observer:
             with torch.enable_grad(), recomputed_activations(module):
                 output = first_float(module(*arguments, **keywords))
                 if output is not None and output.requires_grad:
-                    projection = torch.randn(output.shape, generator=self._generator)
+                    projection = torch.randn(output.shape, generator=self._generator, dtype=torch.float32)
                     (output.float() * projection.to(output.device)).sum().backward()
         except RuntimeError as error:  # an operator without a derivative, or too little memory: input moments must do
             self._gradient_every = 0

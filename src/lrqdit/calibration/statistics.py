@@ -28,7 +28,7 @@ class ActivationStats:
         self.channel_minimum = np.full(channels, np.inf)
         self.channel_maximum = np.full(channels, -np.inf)
         self.tokens: Tensor | None = None
-        self._priorities = torch.empty(0)
+        self._priorities = torch.empty(0, dtype=torch.float32)
         self._reservoir_size = reservoir_size
         self._generator_state = torch.Generator().manual_seed(seed).get_state()
         self.is_held_out = False
@@ -49,7 +49,7 @@ class ActivationStats:
             np.minimum(self.channel_minimum, values.min(axis=0), out=self.channel_minimum)
             np.maximum(self.channel_maximum, values.max(axis=0), out=self.channel_maximum)
         if is_held_out and not self.is_held_out:
-            self.tokens, self._priorities, self.is_held_out = None, torch.empty(0), True
+            self.tokens, self._priorities, self.is_held_out = None, torch.empty(0, dtype=torch.float32), True
         if is_held_out == self.is_held_out:
             self._sample(x)
         if self._has_moment and not is_held_out:
@@ -59,7 +59,7 @@ class ActivationStats:
         if self._moment is None:  # around the mean of the first call's tokens
             shift = torch.from_numpy(x.cpu().float().numpy().mean(axis=0, dtype=np.float64)).float().to(x.device)
             self._moment = SecondMoment(shift)
-        self._moment.add(x.float() - self._moment.shift, torch.ones(len(x)))
+        self._moment.add(x.float() - self._moment.shift, torch.ones(len(x), dtype=torch.float32))
 
     def add_gradient(self, name: str, gradient: Tensor, x: Tensor) -> None:
         """Add what the tokens x (batch, ..., channels), seen before, do to the model's output through a layer.
@@ -94,7 +94,7 @@ class ActivationStats:
         """Reservoir sampling by random priorities: the tokens with the largest ones so far stay, in place."""
         generator = torch.Generator()
         generator.set_state(self._generator_state)
-        priorities = torch.rand(len(x), generator=generator)
+        priorities = torch.rand(len(x), generator=generator, dtype=torch.float32)
         self._generator_state = generator.get_state()
         if self.tokens is None:
             self.tokens = x.new_empty((0, x.shape[1]), device="cpu")
@@ -137,7 +137,7 @@ class ActivationStats:
         vectors = [self.channel_sum, self.channel_square_sum, self.channel_minimum, self.channel_maximum]
         assert self.tokens is not None
         tensors = {
-            "count": torch.tensor([self.token_count, int(self.is_held_out)]),
+            "count": torch.tensor([self.token_count, int(self.is_held_out)], dtype=torch.int64),
             "vectors": torch.from_numpy(np.stack(vectors)),
             "tokens": self.tokens.contiguous(),
         }

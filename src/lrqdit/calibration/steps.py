@@ -47,7 +47,7 @@ class Call:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         arguments, keywords = _unflatten(self.structure, [tensor.to(device) for tensor in self.tensors])
         found = first_float(module(*arguments, **keywords))
-        return torch.empty(0) if found is None else found
+        return torch.empty(0, dtype=torch.float32) if found is None else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Step:
         if not self.weights:
             return torch.cat([output.flatten() for output in outputs])
         parts = _split(outputs, self.shape)
-        return torch.tensordot(torch.tensor(self.weights, device=parts.device), parts, dims=1)
+        weights = torch.tensor(self.weights, dtype=torch.float32, device=parts.device)
+        return torch.tensordot(weights, parts, dims=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class StepRecorder:
     def add_call(self, arguments: tuple, keywords: dict[str, Any], output: Any) -> None:
         """Note a call of the module."""
         found = first_float(output)
-        kept = torch.empty(0) if found is None else found.detach().cpu()
+        kept = torch.empty(0, dtype=torch.float32) if found is None else found.detach().cpu()
         self._calls.append((Call.record(arguments, keywords), kept))
         if len(self._calls) > MAX_CALLS:  # no scheduler asks for them
             self.end_step(None)
@@ -114,7 +115,7 @@ class StepRecorder:
             weights = () if given is None else _find_weights(outputs, given.detach().cpu())
             rows = sum(len(output) if output.ndim else 1 for output in outputs)
             self._last.append((Step(calls, weights, tuple(given.shape) if given is not None and weights else ()), rows))
-            self._rank = not self._is_held_out(), float(torch.rand((), generator=self._generator))
+            self._rank = not self._is_held_out(), float(torch.rand((), generator=self._generator, dtype=torch.float32))
         self._calls = []
 
     def end_run(self) -> None:
@@ -237,7 +238,7 @@ def _find_weights(outputs: list[Tensor], given: Tensor) -> tuple[float, ...]:
 def _split(outputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Outputs end to end as (parts, *shape), empty if they are not parts of that shape; channels in excess, such as
     predicted variances, are left out."""
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, dtype=torch.float32)
     if not shape or any(o.ndim != len(shape) or o.shape[1:] != outputs[0].shape[1:] for o in outputs):
         return nothing
     joined = torch.cat(outputs)

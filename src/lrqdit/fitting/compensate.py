@@ -63,7 +63,9 @@ def measure_curvature(
         damping: lambda, relative to the mean variance of a transformed channel.
     """
     assert stats.tokens is not None
-    offset = torch.zeros(transform.in_features) if transform.input_offset is None else transform.input_offset
+    offset = transform.input_offset
+    if offset is None:
+        offset = torch.zeros(transform.in_features, dtype=torch.float16)
     moment = stats.second_moment(offset)
     if moment is None:
         return None
@@ -97,7 +99,7 @@ def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
     order = hessian.diagonal().argsort(descending=True, stable=True)
     width = len(hessian)
     parts = order.tensor_split(-(-width // MAX_FACTORED))
-    upper, start = torch.zeros(width, width), 0
+    upper, start = torch.zeros(width, width, dtype=torch.float32), 0
     for columns in parts:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[columns][:, columns]))
         stop = start + len(columns)
@@ -125,7 +127,7 @@ def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
             moment = moment * transform.input_scale.float()
         if directions is not None:
             moment = moment - (moment @ directions.T) @ directions
-        moment = transform.rotation.apply_without_signs(moment).T
+        moment = transform.rotation.apply(moment).T
     return moment.double().add_(moment.T.double()).div_(2)
 
 

@@ -81,16 +81,14 @@ def choose_transform(
         for kind in _candidate_rotations(config, stats.rms, absmax * scale):
             seed = config.seed * 1_000_003 + len(mean)
             try:
-                built = rotation.build(len(mean), kind, seed, channel_absmax=absmax * scale)
+                built, signs = rotation.build(len(mean), kind, seed, channel_absmax=absmax * scale)
             except RotationError:
                 if is_measured:
                     continue  # a width that this kind cannot rotate is not a candidate
                 raise
-            signed = scale if built.signs is None else scale * built.signs
-            stored = None if not is_smoothed and built.signs is None else signed.to(torch.float16)
-            transform = InputTransform(
-                rotation.Rotation.from_tensors(kind, len(mean), built.factors, built.tensors()), offset, stored
-            )
+            signed = scale if signs is None else scale * signs
+            stored = None if not is_smoothed and signs is None else signed.to(torch.float16)
+            transform = InputTransform(built, offset, stored)
             penalty = penalties.get(kind, 1.0) if is_measured else 1.0
             for candidate in (transform, _with_principal(transform, moment, rank, seed)):
                 if candidate is None:
@@ -129,8 +127,10 @@ def _with_principal(transform: InputTransform, moment: Tensor | None, rank: int,
     """The transform with the leading directions of what it smooths; None without a second moment."""
     if moment is None or not float(moment.trace()) > 0:
         return None
-    scale = torch.ones(len(moment)) if transform.input_scale is None else transform.input_scale.float()
-    moment = moment.float() * scale * scale[:, None]
+    moment = moment.float()
+    if transform.input_scale is not None:
+        scale = transform.input_scale.float()
+        moment = moment * scale * scale[:, None]
     directions = principal.find_directions(lambda columns: moment @ columns, len(moment), rank, seed)
     return dataclasses.replace(transform, principal=directions)
 
@@ -183,12 +183,11 @@ def fit_levels(name: str, weight: Tensor, bits: int, config: QuantizationConfig)
 def data_free_transform(in_features: int, config: QuantizationConfig, activation_bits: int) -> InputTransform:
     """Without calibration: a randomized Hadamard rotation and the clip that is best for Gaussian tokens."""
     kind = "hadamard" if config.rotation in ("auto", "threshold", "outlier") else config.rotation
-    built = rotation.build(in_features, kind, config.seed * 1_000_003 + in_features)
-    plain = rotation.Rotation.from_tensors(kind, in_features, built.factors, built.tensors())
-    scale = None if built.signs is None else built.signs.to(torch.float16)
+    built, signs = rotation.build(in_features, kind, config.seed * 1_000_003 + in_features)
+    scale = None if signs is None else signs.to(torch.float16)
     levels = token_levels(config, activation_bits)[0]
     clip = gaussian_clip(in_features, activation_bits, levels) if config.is_clipped else 1.0
-    return InputTransform(plain, None, scale, clip, levels)
+    return InputTransform(built, None, scale, clip, levels)
 
 
 def gaussian_clip(in_features: int, bits: int, levels: str = "uniform") -> float:

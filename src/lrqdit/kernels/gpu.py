@@ -1,7 +1,7 @@
 """The operators on a GPU (dispatch key CUDA: NVIDIA and ROCm): Triton kernels where the device has them.
 
-Triton is imported at the first call on a GPU. Where the
-kernels cannot run, the torch reference does, from the same packed weights, and :func:`choose_kernels` says why.
+Triton is imported at the first call on a GPU. Where the kernels cannot run, the torch reference does, from the same
+packed weights, and :func:`choose_kernels` says why.
 """
 
 import functools
@@ -70,7 +70,7 @@ def choose_kernels(device: torch.device) -> Choice:
 
 def _make_operator(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        device = args[0].device
+        device = args[0].device  # of x, or of Tokens
         if choose_kernels(device).kernels == "reference":
             return ops.REFERENCE[name](*args)
         with torch.cuda.device(device):
@@ -79,5 +79,4 @@ def _make_operator(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in MODULES:
-    ops.LIBRARY.impl(_name, _make_operator(_name), "CUDA")
+ops.register("CUDA", {name: _make_operator(name) for name in MODULES})

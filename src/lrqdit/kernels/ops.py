@@ -10,17 +10,21 @@
 ``quantize_tokens`` is separate so that layers which read the same tensor (q, k and v) quantize it once. The reference
 implementations here run on every device; a kernel registers itself for one dispatch key and must agree with them: the
 integer part exactly, the rest to float rounding.
+
+An operator's schema is flat, as torch wants it. Everything in Python passes its arguments as the records below, each a
+tuple in the order of the schemas, so that a call unpacks them by ``*``; :func:`register` puts them together again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrqdit.numerics import tokens as activation
 from lrqdit.numerics.packing import unpack
-from lrqdit.numerics.principal import outlet
+from lrqdit.numerics.principal import LowRank, outlet
 from lrqdit.numerics.rotation import MIN_ROWS, Rotation
+from lrqdit.numerics.tokens import InputTransform, quantize_into
 from lrqdit.numerics.trellis import find_places, order_by_place
 
 _TRANSFORM = (
@@ -36,17 +40,116 @@ LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
 LIBRARY.define(f"quantize_tokens({_TRANSFORM}, int bits, float clip, str levels='uniform') -> (Tensor, Tensor)")
 LIBRARY.define(f"quantized_linear(Tensor codes, Tensor scale, {_WEIGHT}) -> Tensor")
 LIBRARY.define(f"weight_only_linear({_TRANSFORM}, {_WEIGHT}) -> Tensor")
+apply_transform = torch.ops.lrqdit.apply_transform.default
+quantize_tokens = torch.ops.lrqdit.quantize_tokens.default
+quantized_linear = torch.ops.lrqdit.quantized_linear.default
+weight_only_linear = torch.ops.lrqdit.weight_only_linear.default
 
 
-def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_features: int, bits: int) -> Tensor:
-    """Packed codes -> the int8 weights that are multiplied, (out_features, in_features).
+class TransformArgs(NamedTuple):
+    """An input transform: float16 offset and scale (width,), the rotation's kind, factors, and the parts of R1 P R2."""
 
-    ``table`` is int8 (1 or out_features, 2**bits); None stands for 8-bit codes, whose value is code - 128. A table
-    twice as long belongs to a trellis (:mod:`lrqdit.numerics.trellis`).
-    """
+    input_offset: Tensor | None = None
+    input_scale: Tensor | None = None
+    rotation: str = "none"
+    factors: Sequence[int] = ()
+    block1: Tensor | None = None
+    permutation: Tensor | None = None
+    block2: Tensor | None = None
+
+    def build_rotation(self, width: int) -> Rotation:
+        return Rotation(self.rotation, width, tuple(self.factors), self.block1, self.block2, self.permutation)
+
+
+class Rounding(NamedTuple):
+    """How transformed tokens are rounded, see :func:`lrqdit.numerics.tokens.quantize_tokens`."""
+
+    bits: int
+    clip: float
+    levels: str = "uniform"
+
+
+class Tokens(NamedTuple):
+    """Rounded tokens: codes int8 (tokens, width), steps float32 (tokens,), and coordinates (tokens, rank) of what of
+    them is not rounded, where layers have a principal part (principal.py)."""
+
+    codes: Tensor
+    scale: Tensor
+    coordinates: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+
+class WeightArgs(NamedTuple):
+    """A packed weight: packed uint8 (see packing.py); table int8 (1 or out_features, 2**bits), None for 8-bit codes,
+    twice as long for a trellis; row_scale and bias float32 (out_features,)."""
+
+    packed: Tensor
+    table: Tensor | None
+    row_scale: Tensor
+    bias: Tensor | None
+    bits: int
+
+    @property
+    def out_features(self) -> int:
+        return self.row_scale.shape[0]
+
+    @property
+    def is_trellis(self) -> bool:
+        return self.table is not None and self.table.shape[1] == 2 << self.bits
+
+
+class LayerArgs(NamedTuple):
+    """All that the operators are told of a layer, and its calls of them by torch's dispatcher."""
+
+    transform: TransformArgs
+    rounding: Rounding
+    weight: WeightArgs
+
+    def quantize_tokens(self, x: Tensor) -> Tokens:
+        """x (..., in_features), any float dtype."""
+        return Tokens(*quantize_tokens(x.reshape(-1, x.shape[-1]), *self.transform, *self.rounding))
+
+    def quantized_linear(self, tokens: Tokens, out_dtype: torch.dtype) -> Tensor:
+        """The output (tokens, out_features), of tokens that :meth:`quantize_tokens` gave."""
+        return quantized_linear(tokens.codes, tokens.scale, *self.weight, out_dtype)
+
+    def linear(self, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tokens]:
+        """Both, one after the other: the output, and the tokens that it was computed from."""
+        tokens = self.quantize_tokens(x)
+        return self.quantized_linear(tokens, out_dtype), tokens
+
+    def weight_only_linear(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return weight_only_linear(x.reshape(-1, x.shape[-1]), *self.transform, *self.weight, out_dtype)
+
+
+_RECORDS: dict[str, Callable[[tuple], tuple]] = {
+    "apply_transform": lambda args: (args[0], TransformArgs(*args[1:])),
+    "quantize_tokens": lambda args: (args[0], TransformArgs(*args[1:8]), Rounding(*args[8:])),
+    "quantized_linear": lambda args: (Tokens(*args[:2]), WeightArgs(*args[2:7]), args[7]),
+    "weight_only_linear": lambda args: (args[0], TransformArgs(*args[1:8]), WeightArgs(*args[8:13]), args[13]),
+}
+
+
+def take_records(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's implementation, of its flat arguments, from a function of the records."""
+    return lambda *args: kernel(*_RECORDS[name](args))
+
+
+def register(key: str, kernels: dict[str, Callable[..., Any]]) -> None:
+    """Implement operators, by name, for a dispatch key; the kernels take records."""
+    for name, kernel in kernels.items():
+        LIBRARY.impl(name, take_records(name, kernel), key)
+
+
+def decode_weight(weight: WeightArgs, in_features: int) -> Tensor:
+    """Packed codes -> the int8 weights that are multiplied, (out_features, in_features)."""
+    packed, table, _, _, bits = weight
     if table is not None and table.shape[0] == 1:
-        return _decode_pairs(packed, table[0], bits)[:out_features, :in_features].contiguous()
-    codes = unpack(packed, out_features, in_features, bits)
+        return _decode_pairs(packed, table[0], bits)[: weight.out_features, :in_features].contiguous()
+    codes = unpack(packed, weight.out_features, in_features, bits)
     if table is None:
         return (codes ^ 128).view(torch.int8)  # code - 128
     return torch.cat(
@@ -57,18 +160,13 @@ def decode_weight(packed: Tensor, table: Tensor | None, in_features: int, out_fe
     )
 
 
-def has_trellis(table: Tensor | None, bits: int) -> bool:
-    """Whether a layer's table is that of a trellis: twice as many levels as its codes can name."""
-    return table is not None and table.shape[1] == 2 << bits
-
-
 def _decode_pairs(packed: Tensor, table: Tensor, bits: int) -> Tensor:
     """Codes of one table for all -> int8 weights of whole tiles, several times as fast as code by code.
 
     Two neighbouring inputs' places in the table, a byte each, are an index into all pairs of levels.
     """
     out_tiles, in_tiles, _ = packed.shape
-    is_trellis = has_trellis(table[None], bits)
+    is_trellis = len(table) == 2 << bits
     levels = (order_by_place(table, bits) if is_trellis else table).short()
     pairs = torch.nn.functional.pad((levels & 255) | (levels[:, None] << 8), (0, 256 - len(levels))).view(1, -1)
     weight = torch.empty(out_tiles, 128 * in_tiles, dtype=torch.int16, device=packed.device)
@@ -107,106 +205,91 @@ def rows_in_cache(width: int, tensor: Tensor) -> int:
     return MIN_ROWS * max(1, -(-len(tensor) // (MIN_ROWS * max(1, parts))))
 
 
-def _transform(
-    width, input_offset, input_scale, rotation, factors, block1, permutation, block2
-) -> activation.InputTransform:
-    parts = Rotation(rotation, width, tuple(factors), None, block1, block2, permutation)
-    return activation.InputTransform(parts, input_offset, input_scale)
+def _build(transform: TransformArgs, width: int) -> InputTransform:
+    return InputTransform(transform.build_rotation(width), transform.input_offset, transform.input_scale)
 
 
-def reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2) -> Tensor:
+def reference_apply_transform(x: Tensor, transform: TransformArgs) -> Tensor:
     width, out = x.shape[-1], torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
+    built = _build(transform, width)
+    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, dtype=torch.float32, device=x.device)
     for tokens, to in parts_in_cache(width, x, out):
-        to.copy_(transform.apply(tokens, work[:, : len(tokens)]))
+        to.copy_(built.apply(tokens, work[:, : len(tokens)]))
     return out
 
 
-def reference_quantize_tokens(
-    x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"
-) -> tuple[Tensor, Tensor]:
+def reference_quantize_tokens(x: Tensor, transform: TransformArgs, rounding: Rounding) -> tuple[Tensor, Tensor]:
     width, codes = x.shape[-1], torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
-    transform = _transform(width, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, device=x.device)
+    built = _build(transform, width)
+    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, dtype=torch.float32, device=x.device)
     for tokens, *to in parts_in_cache(width, x, codes, scale):
-        activation.quantize_into(*to, transform.apply(tokens, work[:, : len(tokens)]), bits, clip, levels)
+        quantize_into(*to, built.apply(tokens, work[:, : len(tokens)]), *rounding)
     return codes, scale
 
 
-def reference_quantized_linear(codes, scale, packed, table, row_scale, bias, bits, out_dtype) -> Tensor:
-    weight = decode_weight(packed, table, codes.shape[1], row_scale.shape[0], bits)
-    sums = integer_matmul(codes, weight)
+def reference_quantized_linear(tokens: Tokens, weight: WeightArgs, out_dtype: torch.dtype) -> Tensor:
+    sums = integer_matmul(tokens.codes, decode_weight(weight, tokens.codes.shape[1]))
     out = torch.empty(sums.shape, dtype=out_dtype, device=sums.device)
     # the products lie where their sums were: as few bytes as possible go through the cache
-    for part, y, step, to in parts_in_cache(len(weight), sums, sums.view(torch.float32), scale, out):
-        y.copy_(part).mul_(row_scale).mul_(step[:, None])
-        to.copy_(y if bias is None else y.add_(bias))
+    for part, y, step, to in parts_in_cache(weight.out_features, sums, sums.view(torch.float32), tokens.scale, out):
+        y.copy_(part).mul_(weight.row_scale).mul_(step[:, None])
+        to.copy_(y if weight.bias is None else y.add_(weight.bias))
     return out
 
 
 def reference_weight_only_linear(
-    x, input_offset, input_scale, rotation, factors, block1, permutation, block2,
-    packed, table, row_scale, bias, bits, out_dtype,
-) -> Tensor:  # fmt: skip
-    x = reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    weight = decode_weight(packed, table, x.shape[1], row_scale.shape[0], bits)
-    y = torch.nn.functional.linear(x, weight.float()).mul_(row_scale)
-    return (y if bias is None else y.add_(bias)).to(out_dtype)
+    x: Tensor, transform: TransformArgs, weight: WeightArgs, out_dtype: torch.dtype
+) -> Tensor:
+    x = reference_apply_transform(x, transform)
+    y = torch.nn.functional.linear(x, decode_weight(weight, x.shape[1]).float()).mul_(weight.row_scale)
+    return (y if weight.bias is None else y.add_(weight.bias)).to(out_dtype)
 
 
-REFERENCE = {
+REFERENCE: dict[str, Callable[..., Any]] = {
     "apply_transform": reference_apply_transform,
     "quantize_tokens": reference_quantize_tokens,
     "quantized_linear": reference_quantized_linear,
     "weight_only_linear": reference_weight_only_linear,
 }
-for _name, _function in REFERENCE.items():
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+_FAKE: dict[str, Callable[..., Any]] = {
+    "apply_transform": lambda x, _: x.new_empty(x.shape, dtype=torch.float32),
+    "quantize_tokens": lambda x, *_: (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[:1], dtype=torch.float32),
+    ),
+    "quantized_linear": lambda tokens, weight, out_dtype: tokens.codes.new_empty(
+        tokens.codes.shape[0], weight.out_features, dtype=out_dtype
+    ),
+    "weight_only_linear": lambda x, _, weight, out_dtype: x.new_empty(x.shape[0], weight.out_features, dtype=out_dtype),
+}
+register("CompositeExplicitAutograd", REFERENCE)
+for _name, _function in _FAKE.items():
+    torch.library.register_fake(f"lrqdit::{_name}", take_records(_name, _function), lib=LIBRARY)
 
 
-@torch.library.register_fake("lrqdit::apply_transform", lib=LIBRARY)
-def _(x, input_offset, input_scale, rotation, factors, block1, permutation, block2):
-    return x.new_empty(x.shape, dtype=torch.float32)
+def fold(transform: InputTransform, weight: Tensor) -> Tensor:
+    """W (out_features, in_features) -> W~ = (W / m) R, float32, without what acts on the principal part.
 
-
-@torch.library.register_fake("lrqdit::quantize_tokens", lib=LIBRARY)
-def _(x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip, levels="uniform"):
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
-
-
-@torch.library.register_fake("lrqdit::quantized_linear", lib=LIBRARY)
-def _(codes, scale, packed, table, row_scale, bias, bits, out_dtype):
-    return codes.new_empty(codes.shape[0], row_scale.shape[0], dtype=out_dtype)
-
-
-@torch.library.register_fake("lrqdit::weight_only_linear", lib=LIBRARY)
-def _(
-    x, input_offset, input_scale, rotation, factors, block1, permutation, block2,
-    packed, table, row_scale, bias, bits, out_dtype,
-):  # fmt: skip
-    return x.new_empty(x.shape[0], row_scale.shape[0], dtype=out_dtype)
-
-
-apply_transform = torch.ops.lrqdit.apply_transform.default
-quantize_tokens = torch.ops.lrqdit.quantize_tokens.default
-quantized_linear = torch.ops.lrqdit.quantized_linear.default
-weight_only_linear = torch.ops.lrqdit.weight_only_linear.default
-
-
-def fold(transform: activation.InputTransform, weight: Tensor) -> Tensor:
-    """:meth:`InputTransform.fold` by the kernel of the weight's device: W~ = (W / m) R, float32.
-
-    A kernel's additions have another order than the reference's matrix products: W~ agrees to float rounding.
+    It is computed by the kernel of the weight's device. A kernel's additions have another order than the reference's
+    matrix products, so W~ agrees among devices to float rounding.
     """
     r, scale = transform.rotation, transform.input_scale
     if transform.principal is not None:
-        c = outlet(transform.unsmooth(weight), transform.principal)
-        part = c.T @ transform.principal.values
+        part = outlet(transform.unsmooth(weight), transform.principal).T @ transform.principal.values
         weight = weight - (part if scale is None else part * scale.float())
     if scale is not None and not bool((scale.abs() == 1).all()):  # signs are their own inverse; others have none
-        weight, scale = weight / scale.float(), None
+        weight, scale = transform.unsmooth(weight), None
     if r.kind == "none" and scale is None:
         return weight.float()
-    return apply_transform(weight, None, scale, r.kind, r.factors, r.block1, r.permutation, r.block2)
+    return apply_transform(weight, *TransformArgs(None, scale, r.kind, r.factors, r.block1, r.permutation, r.block2))
+
+
+def unfold(transform: InputTransform, weight: Tensor, acting: LowRank | None = None) -> Tensor:
+    """The inverse of :func:`fold`: W~ -> W, float32. ``acting`` is C, what of W acts on the principal part."""
+    scale = 1.0 if transform.input_scale is None else transform.input_scale.float()
+    weight = transform.rotation.apply_transpose(weight) * scale
+    if acting is None:
+        return weight
+    u = transform.principal.values
+    return weight + (acting.values.T - transform.unsmooth(weight) @ u.T) @ u * scale

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lrqdit.kernels.ops import has_trellis
+from lrqdit.kernels.ops import Tokens, TransformArgs, WeightArgs
 from lrqdit.kernels.triton_prologue import transform_tokens
 from lrqdit.numerics.shapes import TILE
 
@@ -84,45 +84,41 @@ WEIGHT_ONLY_MANY = (
 choices: dict[tuple, Plan] = {}  # what was chosen, by (operator, device, tokens rounded up, N, K, bits, coding, dtype)
 
 
-def quantized_linear(
-    codes: Tensor, scale: Tensor, packed: Tensor, table: Tensor | None, row_scale: Tensor, bias: Tensor | None,
-    bits: int, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def quantized_linear(tokens: Tokens, weight: WeightArgs, out_dtype: torch.dtype) -> Tensor:
     """``lrqdit::quantized_linear``: codes int8 (tokens, K), scale float32 (tokens,) -> (tokens, N)."""
-    (tokens, in_features), out_features = codes.shape, row_scale.shape[0]
-    codes, weight = codes.contiguous(), (packed, table, row_scale, bias)
+    codes = tokens.codes.contiguous()
+    count, in_features = codes.shape
+    if count == 0:
+        return codes.new_empty(0, weight.out_features, dtype=out_dtype)
+    plans = FEW_TOKENS if count <= 16 else SOME_TOKENS if count <= 512 else MANY_TOKENS
+    key = ("quantized", codes.device, _rounded_up(count), *_describe(weight, in_features), out_dtype)
 
     def run(plan: Plan) -> Tensor:
-        return multiply(plan, codes, scale, *weight, bits, out_dtype)
+        return multiply(plan, Tokens(codes, tokens.scale), weight, out_dtype)
 
-    if tokens == 0:
-        return codes.new_empty(0, out_features, dtype=out_dtype)
-    plans = FEW_TOKENS if tokens <= 16 else SOME_TOKENS if tokens <= 512 else MANY_TOKENS
-    coding = None if table is None else (table.shape[0] > 1, has_trellis(table, bits))
-    key = ("quantized", codes.device, _rounded_up(tokens), out_features, in_features, bits, coding, out_dtype)
     return run(tune(key, plans, run))
 
 
-def weight_only_linear(
-    x: Tensor, input_offset: Tensor | None, input_scale: Tensor | None, rotation: str, factors: list[int],
-    block1: Tensor | None, permutation: Tensor | None, block2: Tensor | None,
-    packed: Tensor, table: Tensor | None, row_scale: Tensor, bias: Tensor | None, bits: int, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def weight_only_linear(x: Tensor, transform: TransformArgs, weight: WeightArgs, out_dtype: torch.dtype) -> Tensor:
     """``lrqdit::weight_only_linear``: x (tokens, K), any float dtype -> (tokens, N)."""
-    if not (input_offset is None and input_scale is None and rotation == "none" and x.dtype != torch.float64):
-        x = transform_tokens(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    (tokens, in_features), out_features = x.shape, row_scale.shape[0]
-    x, weight = x.contiguous(), (packed, table, row_scale, bias)
+    is_plain = transform.rotation == "none" and transform.input_offset is None and transform.input_scale is None
+    x = (x if is_plain and x.dtype != torch.float64 else transform_tokens(x, transform)).contiguous()
+    count, in_features = x.shape
+    if count == 0:
+        return x.new_empty(0, weight.out_features, dtype=out_dtype)
+    plans = WEIGHT_ONLY_FEW if count <= 32 else WEIGHT_ONLY_MANY
+    key = ("weight_only", x.device, _rounded_up(count), *_describe(weight, in_features), x.dtype, out_dtype)
 
     def run(plan: Plan) -> Tensor:
-        return multiply_float(plan, x, *weight, bits, out_dtype)
+        return multiply_float(plan, x, weight, out_dtype)
 
-    if tokens == 0:
-        return x.new_empty(0, out_features, dtype=out_dtype)
-    plans = WEIGHT_ONLY_FEW if tokens <= 32 else WEIGHT_ONLY_MANY
-    coding = None if table is None else (table.shape[0] > 1, has_trellis(table, bits))
-    key = ("weight_only", x.device, _rounded_up(tokens), out_features, in_features, bits, coding, x.dtype, out_dtype)
     return run(tune(key, plans, run))
+
+
+def _describe(weight: WeightArgs, in_features: int) -> tuple:
+    """What of a weight decides which plan is fastest."""
+    coding = None if weight.table is None else (weight.table.shape[0] > 1, weight.is_trellis)
+    return weight.out_features, in_features, weight.bits, coding
 
 
 def tune(key: tuple, plans: tuple[Plan, ...], run: Callable[[Plan], Tensor]) -> Plan:
@@ -161,69 +157,64 @@ def _has_tma(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def multiply(
-    plan: Plan, codes: Tensor, scale: Tensor, packed: Tensor, table: Tensor | None, row_scale: Tensor,
-    bias: Tensor | None, bits: int, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def multiply(plan: Plan, tokens: Tokens, weight: WeightArgs, out_dtype: torch.dtype) -> Tensor:
     """:func:`quantized_linear` by one plan, whatever the shape; codes contiguous, at least one token."""
-    (tokens, in_features), out_features = codes.shape, row_scale.shape[0]
-    out = codes.new_empty(tokens, out_features, dtype=out_dtype)
-    weight = packed if plan.path == "fused" else decode(packed, table, out_features, bits)
+    codes, scale, (packed, table, row_scale, bias, bits) = tokens.codes, tokens.scale, weight
+    (count, in_features), out_features = codes.shape, weight.out_features
+    out = codes.new_empty(count, out_features, dtype=out_dtype)
+    w = packed if plan.path == "fused" else decode(weight)
     if plan.path == "int_mm":
-        sums = torch._int_mm(codes, weight[:, :in_features].t())
+        sums = torch._int_mm(codes, w[:, :in_features].t())
         block_m, block_n = SCALE_BLOCK
-        _scale_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(out_features, block_n))](
-            sums, scale, row_scale, bias, out, tokens, out_features, block_m, block_n, enable_fp_fusion=False
+        _scale_kernel[(triton.cdiv(count, block_m), triton.cdiv(out_features, block_n))](
+            sums, scale, row_scale, bias, out, count, out_features, block_m, block_n, enable_fp_fusion=False
         )
         return out
     # a tile's rows must start at multiples of 16 bytes
     use_tma = plan.tma and in_features % 16 == 0
-    a, w = codes, weight
     if use_tma:
-        a = TensorDescriptor.from_tensor(codes, [plan.block_m, plan.block_k])
-        w = TensorDescriptor.from_tensor(weight, [plan.block_n, plan.block_k])
-    grid = (triton.cdiv(tokens, plan.block_m) * triton.cdiv(out_features, plan.block_n),)
+        codes = TensorDescriptor.from_tensor(codes, [plan.block_m, plan.block_k])
+        w = TensorDescriptor.from_tensor(w, [plan.block_n, plan.block_k])
+    grid = (triton.cdiv(count, plan.block_m) * triton.cdiv(out_features, plan.block_n),)
     _gemm_kernel[grid](
-        a, scale, w, table, row_scale, bias, out, tokens, out_features, in_features, packed.shape[1],
-        bits if plan.path == "fused" else 0, _table_stride(table), has_trellis(table, bits), use_tma,
+        codes, scale, w, table, row_scale, bias, out, count, out_features, in_features, packed.shape[1],
+        bits if plan.path == "fused" else 0, _table_stride(table), weight.is_trellis, use_tma,
         plan.path == "float", plan.block_m, plan.block_n, plan.block_k, GROUP_M,
         num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-def multiply_float(
-    plan: Plan, x: Tensor, packed: Tensor, table: Tensor | None, row_scale: Tensor, bias: Tensor | None, bits: int,
-    out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def multiply_float(plan: Plan, x: Tensor, weight: WeightArgs, out_dtype: torch.dtype) -> Tensor:
     """:func:`weight_only_linear` of the transformed x by one plan; x contiguous, at least one token."""
-    (tokens, in_features), out_features = x.shape, row_scale.shape[0]
-    out = x.new_empty(tokens, out_features, dtype=out_dtype)
+    packed, table, row_scale, bias, bits = weight
+    (count, in_features), out_features = x.shape, weight.out_features
+    out = x.new_empty(count, out_features, dtype=out_dtype)
     # bfloat16 parts that together hold x: all of it for 16-bit x, 24 bits for a float32 result, else 16 bits
     parts = {torch.bfloat16: 1, torch.float16: 2}.get(x.dtype, 3 if out_dtype == torch.float32 else 2)
     products = tl.bfloat16 if x.is_cuda else tl.float32  # the interpreter multiplies no bfloat16
-    grid = (triton.cdiv(tokens, plan.block_m) * triton.cdiv(out_features, plan.block_n),)
+    grid = (triton.cdiv(count, plan.block_m) * triton.cdiv(out_features, plan.block_n),)
     _weight_only_kernel[grid](
-        x, packed, table, row_scale, bias, out, tokens, out_features, in_features, packed.shape[1],
-        bits, _table_stride(table), has_trellis(table, bits), parts, products,
+        x, packed, table, row_scale, bias, out, count, out_features, in_features, packed.shape[1],
+        bits, _table_stride(table), weight.is_trellis, parts, products,
         plan.block_m, plan.block_n, plan.block_k, GROUP_M,
         num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-def decode(packed: Tensor, table: Tensor | None, out_features: int, bits: int) -> Tensor:
+def decode(weight: WeightArgs) -> Tensor:
     """The whole weight: int8 (out_features, in_features rounded up to 16), table[0] in the columns beyond."""
-    in_tiles = packed.shape[1]
-    weight = packed.new_empty(out_features, in_tiles * TILE, dtype=torch.int8)
+    packed, table, out_features, in_tiles = weight.packed, weight.table, weight.out_features, weight.packed.shape[1]
+    decoded = packed.new_empty(out_features, in_tiles * TILE, dtype=torch.int8)
     block_n, block_k = DECODE_BLOCK
     grid = (triton.cdiv(out_features, block_n), triton.cdiv(in_tiles * TILE, block_k))
     _decode_kernel[grid](
-        packed, table, weight, out_features, in_tiles, bits, _table_stride(table), has_trellis(table, bits),
+        packed, table, decoded, out_features, in_tiles, weight.bits, _table_stride(table), weight.is_trellis,
         block_n, block_k,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return weight
+    return decoded
 
 
 def _table_stride(table: Tensor | None) -> int:

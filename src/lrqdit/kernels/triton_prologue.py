@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from lrqdit.kernels import ops
+from lrqdit.kernels.ops import Rounding, TransformArgs
 from lrqdit.numerics import tokens as activation
 from lrqdit.numerics.hadamard import factor_matrix
 from lrqdit.numerics.shapes import has_hadamard_order
@@ -87,57 +88,61 @@ def plan_rotation(rotation: str, factors: tuple[int, ...], in_features: int) -> 
     return min(plans, key=_cost, default=None)
 
 
-def transform_tokens(
-    x: Tensor, input_offset: Tensor | None, input_scale: Tensor | None, rotation: str, factors: list[int],
-    block1: Tensor | None, permutation: Tensor | None, block2: Tensor | None,
-) -> Tensor:  # fmt: skip
+def transform_tokens(x: Tensor, transform: TransformArgs) -> Tensor:
     """x (tokens, K), any float dtype -> the transformed x float32 (tokens, K)."""
-    return _run(x, input_offset, input_scale, rotation, factors, block1, permutation, block2, None, 1.0)[0]
+    return _run(x, transform, None)[0]
 
 
-def quantize_tokens(
-    x: Tensor, input_offset: Tensor | None, input_scale: Tensor | None, rotation: str, factors: list[int],
-    block1: Tensor | None, permutation: Tensor | None, block2: Tensor | None, bits: int, clip: float,
-    levels: str = "uniform",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def quantize_tokens(x: Tensor, transform: TransformArgs, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """``lrqdit::quantize_tokens``: codes int8 (tokens, K), steps float32 (tokens,)."""
-    bits = "normal" if levels == "normal" else bits
-    return _run(x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip)
+    codes, steps = _run(x, transform, rounding)
+    assert steps is not None
+    return codes, steps
 
 
-def _run(x, input_offset, input_scale, rotation, factors, block1, permutation, block2, bits, clip):
-    axes = plan_rotation(rotation, tuple(factors), x.shape[1])
+def _run(x: Tensor, transform: TransformArgs, rounding: Rounding | None) -> tuple[Tensor, Tensor | None]:
+    """Codes and steps; without a rounding the transformed x, and None."""
+    axes = plan_rotation(transform.rotation, tuple(transform.factors), x.shape[1])
     if axes is not None and (x.device, axes) not in _too_large:
         try:
-            if rotation != "outlier":
+            if transform.rotation != "outlier":
                 matrices = tuple(_axis_matrix(axis, x.device) for axis in axes)
-                return _launch(x, input_offset, input_scale, None, axes, matrices, bits, clip)
-            first, second = ((NO_MATRIX, NO_MATRIX, Matrix(block, DENSE)) for block in (block1, block2))
-            rotated, _ = _launch(x, input_offset, input_scale, None, axes, first, None, 1.0)
-            return _launch(rotated, None, None, permutation, axes, second, bits, clip)
+                return _launch(x, transform, axes, matrices, rounding)
+            blocks = transform.block1, transform.block2
+            first, second = ((NO_MATRIX, NO_MATRIX, Matrix(block, DENSE)) for block in blocks)
+            rotated, _ = _launch(x, transform._replace(permutation=None), axes, first, None)
+            return _launch(rotated, TransformArgs(permutation=transform.permutation), axes, second, rounding)
         except OutOfResources:
             _too_large.add((x.device, axes))
-    x = ops.reference_apply_transform(x, input_offset, input_scale, rotation, factors, block1, permutation, block2)
-    if bits is None:
+    x = ops.reference_apply_transform(x, transform)
+    if rounding is None:
         return x, None
     if (axes := plan_rotation("none", (), x.shape[1])) is None:
-        return activation.quantize_tokens(x.contiguous(), bits, clip, "normal" if bits == "normal" else "uniform")
-    return _launch(x, None, None, None, axes, (NO_MATRIX,) * 3, bits, clip)
+        return activation.quantize_tokens(x.contiguous(), *rounding)
+    return _launch(x, TransformArgs(), axes, (NO_MATRIX,) * 3, rounding)
 
 
-def _launch(x, input_offset, input_scale, permutation, axes, matrices, bits, clip):
+def _launch(
+    x: Tensor, transform: TransformArgs, axes: tuple[Axis, Axis, Axis], matrices: tuple[Matrix, Matrix, Matrix],
+    rounding: Rounding | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """One trip through memory: the transform's permutation, offset and scale, the axes' matrices, the rounding."""
     tokens, in_features = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(tokens, in_features, dtype=torch.float32 if bits is None else torch.int8, device=x.device)
-    steps = None if bits is None else torch.empty(tokens, dtype=torch.float32, device=x.device)
+    out = torch.empty(tokens, in_features, dtype=torch.float32 if rounding is None else torch.int8, device=x.device)
+    steps = None if rounding is None else torch.empty(tokens, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out, steps if steps is None else steps.zero_()
-    largest = 0 if bits is None else 127 if bits == "normal" else 2 ** (bits - 1) - 1
+    clip, is_normal, largest = 1.0, False, 0
+    if rounding is not None:
+        clip, is_normal = rounding.clip, rounding.levels == "normal"
+        largest = 127 if is_normal else 2 ** (rounding.bits - 1) - 1
     pads = _padded_box(axes)
     _tokens_kernel[(min(tokens, _processors(x.device) * PROGRAMS_PER_PROCESSOR),)](
-        x, input_offset, input_scale, permutation, *(matrix.values for matrix in matrices), out, steps,
+        x, transform.input_offset, transform.input_scale, transform.permutation,
+        *(matrix.values for matrix in matrices), out, steps,
         tokens, x.stride(0), math.prod(matrix.norm for matrix in matrices), clip / max(1, largest),
-        *(axis.length for axis in axes), *pads, *(matrix.kind for matrix in matrices), largest, bits == "normal",
+        *(axis.length for axis in axes), *pads, *(matrix.kind for matrix in matrices), largest, is_normal,
         num_warps=min(_most_warps(x.device), max(4, math.prod(pads) // 1024)), num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return out, steps

@@ -97,7 +97,7 @@ class Codebook:
         self._check_rows("encode", weight)
         if weight.device.type == "cpu" and weight.numel() and native.is_available():
             return self._encode_natively(weight.detach().float().contiguous())
-        slots = weight.detach().float() / torch.where(self.row_scale == 0, 1.0, self.row_scale)[:, None]
+        slots = weight.detach().float() / self.row_scale.masked_fill(self.row_scale == 0, 1)[:, None]
         slots = slots.mul_(2).floor_().clamp_(-SLOTS // 2, SLOTS // 2 - 1).add_(SLOTS // 2)
         return _look_up(self._code_of_slot, slots.to(torch.int32))
 
@@ -426,10 +426,11 @@ def _fit_scales(matrix: NDArray[np.float32], columns: Floats, table: Integers) -
     coarse_count = int(FINENESS / COARSE * np.log2(8 * np.sqrt(matrix.shape[1]))) + 2
     grid = np.exp2(np.arange(-MARGIN, (coarse_count - 1) * COARSE + MARGIN + 1) / FINENESS)
     if native.is_available():
-        table, bits, scale = np.ascontiguousarray(table), table.shape[1].bit_length() - 1, torch.empty(len(matrix))
+        table, bits = np.ascontiguousarray(table), table.shape[1].bit_length() - 1
+        scale = np.empty(len(matrix), np.float32)
         description, threads = _describe(matrix, columns), torch.get_num_threads()
         native.call("lrq_fit_scales", description, table, len(table), bits, grid, coarse_count, threads, scale)
-        return scale
+        return torch.from_numpy(scale)
     scales = []
     for rows in _blocks(matrix):
         levels = table if len(table) == 1 else table[rows]

@@ -53,7 +53,7 @@ def find_directions(multiply: Callable[[Tensor], Tensor], width: int, rank: int,
         seed: of the start.
     """
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(width, min(width, rank + EXTRA_DIRECTIONS), generator=generator)
+    basis = torch.randn(width, min(width, rank + EXTRA_DIRECTIONS), generator=generator, dtype=torch.float32)
     with single_thread():
         for _ in range(ITERATIONS):
             basis = torch.linalg.qr(multiply(basis)).Q

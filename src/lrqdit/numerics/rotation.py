@@ -4,21 +4,23 @@ Row vectors, and R orthogonal: a linear layer x Wᵀ equals (x R)(W R)ᵀ, so R 
 to the activations at run time. Rotating spreads a channel that is large for every token over all channels, after which
 one quantization step per token fits them all.
 
-| kind             | R                                                              | stored beside the signs        |
-|------------------|----------------------------------------------------------------|--------------------------------|
-| `none`           | I                                                              | nothing                        |
-| `hadamard`       | signs, then a Kronecker product of small Hadamard matrices     | nothing                        |
-| `block_hadamard` | signs, then a Hadamard matrix of up to 128 in each block       | nothing                        |
-| `outlier`        | R1 · P · R2, fitted to the magnitude of every channel          | block1, block2, permutation    |
+| kind             | R                                                     | signs | what is stored              |
+|------------------|-------------------------------------------------------|-------|-----------------------------|
+| `none`           | I                                                     | no    | nothing                     |
+| `hadamard`       | a Kronecker product of small Hadamard matrices        | yes   | factors                     |
+| `block_hadamard` | a Hadamard matrix of up to 128 in each block          | yes   | the size of a block         |
+| `outlier`        | R1 · P · R2, fitted to the magnitude of every channel | no    | block1, block2, permutation |
 
-Random signs make the Hadamard rotations random (QuaRot, arXiv 2404.00456); they come first, so a caller can fold them
-into a per-channel scale and use `Rotation.apply_without_signs`. The outlier rotation is DuQuant's (arXiv 2406.01721).
+Random signs make the Hadamard rotations random (QuaRot, arXiv 2404.00456). They come first: x is multiplied by them,
+and `Rotation.apply` follows. :func:`build` returns them beside the rotation, because a layer multiplies its input by a
+vector anyway and takes them into that. The outlier rotation is DuQuant's (arXiv 2406.01721).
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,6 @@ from lrqdit.errors import RotationError
 from lrqdit.numerics.hadamard import factor_matrix, kronecker_matrix
 from lrqdit.numerics.shapes import (
     MAX_BLOCK,
-    check_factors,
     check_width,
     divisors,
     is_whole,
@@ -43,13 +44,12 @@ MIN_ROWS = 32
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """An orthogonal matrix R, (in_features, in_features), in factored form; made by `build` or `from_tensors`.
+    """An orthogonal matrix R, (in_features, in_features), in factored form; made by `build`.
 
     Attributes:
         kind: a key of ROTATIONS.
         in_features: the width.
         factors: `hadamard`: see `kronecker_factors`; `block_hadamard` and `outlier`: (block,); `none`: ().
-        signs: float32 (in_features,), +1 or -1, multiplied into x before anything else; None means all +1.
         block1: `outlier` only: float32 (block, block), orthogonal, R1 = I ⊗ block1.
         block2: `outlier` only: float32 (block, block), orthogonal, R2 = I ⊗ block2.
         permutation: `outlier` only: int64 (in_features,), output channel i of P is input channel permutation[i].
@@ -58,16 +58,16 @@ class Rotation:
     kind: str
     in_features: int
     factors: tuple[int, ...] = ()
-    signs: Tensor | None = None
     block1: Tensor | None = None
     block2: Tensor | None = None
     permutation: Tensor | None = None
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, work: Tensor | None = None) -> Tensor:
         """Return x R.
 
         Args:
             x: (..., in_features), any floating dtype; converted to float32 first.
+            work: float32 and contiguous like x; then both may be overwritten, and the result may lie in either.
 
         Returns:
             float32, the shape of x, on x's device. The same bits with one or two CPU threads, and with any
@@ -76,73 +76,15 @@ class Rotation:
         Raises:
             RotationError: if x is not floating point or its last dimension is not in_features.
         """
-        return self._rotate(self._multiply_signs(self._checked("apply", x)))
-
-    def apply_without_signs(self, x: Tensor, work: Tensor | None = None) -> Tensor:
-        """Return x R for an x that the caller has already multiplied by `signs`; otherwise as `apply`.
-
-        With `work`, float32 and contiguous like x, both may be overwritten, and the result may lie in either.
-        """
-        return self._rotate(self._checked("apply_without_signs", x), work=work)
+        return self._rotate(self._checked("apply", x), work=work)
 
     def apply_transpose(self, x: Tensor) -> Tensor:
         """Return x Rᵀ, the inverse of `apply`; arguments, result and errors as there."""
-        return self._multiply_signs(self._rotate(self._checked("apply_transpose", x), is_inverse=True))
-
-    def fold(self, weight: Tensor) -> Tensor:
-        """Return W R, the weight that pairs with `apply`: (x R)(W R)ᵀ = x Wᵀ.
-
-        Args:
-            weight: (out_features, in_features), any floating dtype.
-
-        Returns:
-            float32 (out_features, in_features).
-
-        Raises:
-            RotationError: if weight is not a floating-point matrix of width in_features.
-        """
-        if weight.ndim != 2:
-            raise RotationError(
-                f"fold: weight of shape {tuple(weight.shape)} is not a matrix; pass (out_features, {self.in_features})"
-            )
-        return self.apply(weight)
+        return self._rotate(self._checked("apply_transpose", x), is_inverse=True)
 
     def matrix(self) -> Tensor:
         """Return R, dense: float32 (in_features, in_features), on the CPU."""
         return self.apply(torch.eye(self.in_features, dtype=torch.float32, device="cpu"))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what must be stored beside kind, in_features, factors and signs; empty unless kind is `outlier`."""
-        named = {"block1": self.block1, "block2": self.block2, "permutation": self.permutation}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(
-        cls, kind: str, in_features: int, factors: tuple[int, ...], tensors: dict[str, Tensor]
-    ) -> "Rotation":
-        """Rebuild a stored rotation without its signs: `apply` of the result is `apply_without_signs` of the original.
-
-        Args:
-            kind: a key of ROTATIONS.
-            in_features: the width.
-            factors: the original's factors (any sequence of integers).
-            tensors: what `tensors` returned, with dtypes and shapes unchanged.
-
-        Returns:
-            The rotation, with signs None.
-
-        Raises:
-            RotationError: if the parts do not make a rotation of this kind and width.
-        """
-        _check_kind("from_tensors", kind)
-        check_width("from_tensors", in_features)
-        factors = tuple(factors)
-        check_factors(kind, in_features, factors)
-        _check_tensors(kind, in_features, factors, tensors)
-        return cls(kind, in_features, factors, **tensors)
-
-    def _multiply_signs(self, x: Tensor) -> Tensor:
-        return x if self.signs is None else x * self.signs.to(x.device)
 
     def _rotate(self, x: Tensor, is_inverse: bool = False, work: Tensor | None = None) -> Tensor:
         if self.kind == "hadamard":
@@ -170,6 +112,9 @@ class Rotation:
         return x.float()
 
 
+Built = tuple[Rotation, Tensor | None]
+
+
 def build(
     in_features: int,
     kind: str,
@@ -177,8 +122,8 @@ def build(
     *,
     channel_absmax: Tensor | None = None,
     sample: Tensor | None = None,
-) -> Rotation:
-    """Build a rotation of a layer's input.
+) -> Built:
+    """Build a rotation of a layer's input, and the signs that x is multiplied by before it.
 
     Args:
         in_features: the width, at least 1. Every width has every kind, but `outlier` needs a divisor of 2 to 128.
@@ -191,12 +136,13 @@ def build(
             other kinds ignore it.
 
     Returns:
-        The rotation, on the CPU.
+        The rotation, and the signs, float32 (in_features,), +1 or -1, or None: both on the CPU.
 
     Raises:
         RotationError: if an argument breaks a rule above.
     """
-    _check_kind("build", kind)
+    if kind not in ROTATIONS:
+        raise RotationError(f"build: unknown kind={kind!r}; use one of {', '.join(map(repr, ROTATIONS))}")
     check_width("build", in_features)
     if not is_whole(seed) or not 0 <= seed < 2**63:
         raise RotationError(f"build: seed={seed!r} is not an integer from 0 to 2**63 - 1; use for example seed=0")
@@ -230,22 +176,22 @@ def zigzag_permutation(magnitudes: Tensor, block: int) -> Tensor:
     return rounds.T.reshape(-1).contiguous()
 
 
-def _build_none(in_features: int, generator: torch.Generator, *_: Tensor | None) -> Rotation:
-    return Rotation("none", in_features)
+def _build_none(in_features: int, *_: Any) -> Built:
+    return Rotation("none", in_features), None
 
 
-def _build_hadamard(in_features: int, generator: torch.Generator, *_: Tensor | None) -> Rotation:
-    return Rotation("hadamard", in_features, kronecker_factors(in_features), _random_signs(in_features, generator))
+def _build_hadamard(in_features: int, generator: torch.Generator, *_: Any) -> Built:
+    return Rotation("hadamard", in_features, kronecker_factors(in_features)), _random_signs(in_features, generator)
 
 
-def _build_block_hadamard(in_features: int, generator: torch.Generator, *_: Tensor | None) -> Rotation:
+def _build_block_hadamard(in_features: int, generator: torch.Generator, *_: Any) -> Built:
     block = math.gcd(in_features, MAX_BLOCK)
-    return Rotation("block_hadamard", in_features, (block,), _random_signs(in_features, generator))
+    return Rotation("block_hadamard", in_features, (block,)), _random_signs(in_features, generator)
 
 
 def _build_outlier(
     in_features: int, generator: torch.Generator, channel_absmax: Tensor | None, sample: Tensor | None
-) -> Rotation:
+) -> Built:
     """DuQuant's R1 · P · R2 (arXiv 2406.01721, equations 3 to 6), with one block shared by all positions.
 
     Deviations: the block is the largest divisor of in_features up to 128, and the same at all positions, which keeps
@@ -268,16 +214,17 @@ def _build_outlier(
         rows = channel_absmax.detach().cpu().float()[None]
         measure = _independent_magnitudes
     else:
-        rows, measure = torch.rand(1, in_features, generator=generator), _independent_magnitudes
+        rows = torch.rand(1, in_features, generator=generator, dtype=torch.float32)
+        measure = _independent_magnitudes
     with single_thread():
         block1 = _fit_block(rows, block, measure, generator)
         permutation = zigzag_permutation(measure(rows, block1).amax(0).flatten(), block)
         rows = _rotate_blocks(rows, block1.float()) if sample is not None else measure(rows, block1).reshape(1, -1)
         block2 = _fit_block(rows[:, permutation], block, measure, generator)
-    return Rotation("outlier", in_features, (block,), None, block1.float(), block2.float(), permutation)
+    return Rotation("outlier", in_features, (block,), block1.float(), block2.float(), permutation), None
 
 
-ROTATIONS: dict[str, Callable[..., Rotation]] = {
+ROTATIONS: dict[str, Callable[..., Built]] = {
     "none": _build_none,
     "hadamard": _build_hadamard,
     "block_hadamard": _build_block_hadamard,
@@ -299,7 +246,7 @@ def _fit_block(
             best, best_range = rotation, value_range
         if value_range == 0 or step == GREEDY_STEPS:
             break
-        swap = torch.arange(block)
+        swap = torch.arange(block, dtype=torch.int64)
         largest = int(magnitudes.argmax())
         swap[0], swap[largest] = largest, 0
         others = 1 + torch.randperm(block - 1, generator=generator)
@@ -331,7 +278,7 @@ def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool, work: T
     if covered == width:
         return _multiply_kronecker(x, factors, is_inverse, work)
     # Signs in between keep the second product from undoing what the first has spread.
-    index = torch.arange(width, device=x.device)
+    index = torch.arange(width, dtype=torch.int64, device=x.device)
     signs = 1.0 - 2.0 * (index * index * 40503 >> 15 & 1).float()
     head, tail = slice(0, covered), slice(width - covered, width)
     first, second = (tail, head) if is_inverse else (head, tail)
@@ -380,32 +327,6 @@ def single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _check_kind(operation: str, kind: str) -> None:
-    if kind not in ROTATIONS:
-        raise RotationError(f"{operation}: unknown kind={kind!r}; use one of {', '.join(map(repr, ROTATIONS))}")
-
-
-def _check_tensors(kind: str, in_features: int, factors: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
-    expected = {}
-    if kind == "outlier":
-        block = (torch.float32, (factors[0], factors[0]))
-        expected = {"block1": block, "block2": block, "permutation": (torch.int64, (in_features,))}
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if found != expected:
-        raise RotationError(
-            f"from_tensors: kind={kind!r} with tensors {found}, but it needs {expected}; "
-            "pass what Rotation.tensors() returned, without casting it"
-        )
-    for name, tensor in tensors.items():
-        if name == "permutation":
-            is_sound = torch.equal(tensor.sort().values.cpu(), torch.arange(in_features, device="cpu"))
-        else:
-            gram = (tensor.double() @ tensor.double().T).cpu()
-            is_sound = torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype, device="cpu"), atol=1e-4)
-        if not is_sound:
-            raise RotationError(f"from_tensors: {name} is damaged, R would not be orthogonal; build the rotation again")
 
 
 def _check_magnitudes(name: str, values: Tensor, dimensions: int, in_features: int) -> None:

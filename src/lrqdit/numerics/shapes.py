@@ -170,6 +170,6 @@ def check_factors(kind: str, in_features: int, factors: tuple[int, ...]) -> None
         is_valid = is_valid and (kind == "outlier" or has_hadamard_order(covered))
     if not is_valid:
         raise RotationError(
-            f"from_tensors: factors={factors} do not make a {kind!r} rotation of in_features={in_features}; "
-            "pass the factors of the rotation that was stored"
+            f"factors={factors} do not make a {kind!r} rotation of in_features={in_features}; "
+            "pass those that build chose for this width"
         )

@@ -4,8 +4,9 @@ With mu the channel mean, m the smoothing vector and R the rotation, a layer's i
 
     x~ = ((x - mu) * m) R        and its weight        W~ = (W / m) R,
 
-so that x~ W~^T + (b + W mu) = x W^T + b exactly. The random signs D of R = D H multiply m: the stored vector
-``input_scale`` is m * D and R continues as the plain H. Each token of x~ is quantized symmetrically with the step
+so that x~ W~^T + (b + W mu) = x W^T + b exactly. The random signs that come before a rotation multiply m: the stored
+vector ``input_scale`` is m * signs, and R is the rotation alone. Each token of x~ is quantized symmetrically with the
+step
 
     delta = clip * max|x~| / (2^(bits-1) - 1),    codes clamped to [-2^(bits-1), 2^(bits-1) - 1].
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrqdit.numerics.principal import LowRank, outlet
+from lrqdit.numerics.principal import LowRank
 from lrqdit.numerics.rotation import Rotation
 
 TOKEN_LEVELS = ("uniform", "normal")
@@ -38,8 +39,10 @@ CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 class InputTransform:
     """What a layer, or several layers that read the same tensor, do to their input before it is quantized.
 
+    :func:`lrqdit.kernels.ops.fold` makes the weight that goes with it.
+
     Args:
-        rotation: the rotation without its signs.
+        rotation: R.
         input_offset: float16 (in_features,), the channel means mu, or None.
         input_scale: float16 (in_features,), smoothing times the rotation's signs, or None.
         clip: ratio of the per-token absmax that maps to the largest code.
@@ -67,7 +70,7 @@ class InputTransform:
         if self.principal is not None:
             u = self.principal.values
             x = x - (x @ u.T) @ u
-        return self.rotation.apply_without_signs(x, None if work is None else work[1])
+        return self.rotation.apply(x, None if work is None else work[1])
 
     def smooth(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """(x - mu) * m, float32, of x (..., in_features), in ``out`` or in new memory."""
@@ -78,29 +81,17 @@ class InputTransform:
             x *= self.input_scale.float()
         return x
 
-    def fold(self, weight: Tensor) -> Tensor:
-        """W (out_features, in_features) -> W~ = (W / m) R, float32, without what acts on the principal part."""
-        weight = self.unsmooth(weight)
-        if self.principal is not None:
-            weight = weight - outlet(weight, self.principal).T @ self.principal.values
-        return self.rotation.apply_without_signs(weight)
-
     def unsmooth(self, weight: Tensor) -> Tensor:
         """W / m, float32."""
         return weight.float() if self.input_scale is None else weight.float() / self.input_scale.float()
-
-    def unfold(self, weight: Tensor) -> Tensor:
-        """Inverse of :meth:`fold`: a weight of the rotated basis in the original one."""
-        weight = self.rotation.apply_transpose(weight)
-        return weight if self.input_scale is None else weight * self.input_scale.float()
 
 
 @functools.cache
 def normal_lookup() -> Tensor:
     """int8 (256,): the level for every 8-bit code, at code + 128; of two equally near ones the larger in magnitude."""
     with torch.inference_mode(False):
-        levels = torch.tensor(NORMAL_LEVELS)
-        codes = torch.arange(-128, 128)
+        levels = torch.tensor(NORMAL_LEVELS, dtype=torch.int64)
+        codes = torch.arange(-128, 128, dtype=torch.int64)
         nearest = levels[torch.searchsorted(levels[1:] + levels[:-1], 2 * codes.abs(), right=True)]
         return torch.where(codes < 0, -nearest, nearest).to(torch.int8)
 

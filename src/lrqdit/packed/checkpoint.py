@@ -102,7 +102,7 @@ def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
     header = check_safetensors(folder / WEIGHT_FILE)
     if not isinstance(config.get("layers"), dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} lists no layers; copy it again")
-    parameter = next(module.parameters(), torch.empty(0))
+    parameter = next(module.parameters(), torch.empty(0, dtype=torch.float32))
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
     allocate_layers(module, config["layers"], dtype, parameter.device)
     check_dtypes(module, header)

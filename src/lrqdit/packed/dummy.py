@@ -32,5 +32,5 @@ def fill_randomly(layer: QuantLinear) -> QuantLinear:
         if (buffer := layer._buffers.get(name)) is not None:
             buffer.view(torch.float16 if buffer.dtype == torch.int16 else torch.float32).fill_(values)
     if (table := layer._buffers.get("table")) is not None:
-        table.copy_(torch.linspace(-127, 127, table.shape[1]).round())
+        table.copy_(torch.linspace(-127, 127, table.shape[1], dtype=torch.float32).round())
     return layer

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lrqdit.errors import ModelError
-from lrqdit.kernels import cpu as kernels
-from lrqdit.kernels import ops
+from lrqdit.kernels import ops, principal
+from lrqdit.kernels.cpu import LayerCalls
+from lrqdit.kernels.ops import LayerArgs, Rounding, Tokens, TransformArgs, WeightArgs
 from lrqdit.numerics.packing import pack
-from lrqdit.numerics.principal import LowRank, split
-from lrqdit.numerics.rotation import Rotation
+from lrqdit.numerics.principal import LowRank
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import InputFormat, LinearFormat
 
@@ -49,12 +49,13 @@ def describe_input(transform: InputTransform, activation_bits: int) -> InputForm
 class SharedInput:
     """The codes of the last tensor that a group of layers quantized, dropped after the group's last reader.
 
-    They are dropped with the tensor, too, if not every layer of the group reads it.
+    They are dropped with the tensor, too, if not every layer of the group reads it. A compiler, which merges equal
+    calls by itself, finds nothing here.
     """
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
-        self.entry: tuple[weakref.ref, int, Tensor, Tensor, Tensor | None] | None = None
+        self.entry: tuple[weakref.ref, int, Tokens] | None = None
         self.reads_left = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,18 +65,19 @@ class SharedInput:
         if self.entry is not None and self.entry[0] is reference:
             self.entry = None
 
-    def get(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        entry = self.entry
+    def get(self, x: Tensor) -> Tokens | None:
+        entry = None if torch.compiler.is_compiling() else self.entry
         if entry is None or entry[0]() is not x or x.is_inference() or entry[1] != x._version:
             return None
         self.reads_left -= 1
         if self.reads_left <= 0:
             self.entry = None
-        return entry[2:]
+        return entry[2]
 
-    def put(self, x: Tensor, codes: Tensor, scale: Tensor, principal: Tensor | None) -> None:
-        if self.readers > 1 and not x.is_inference():  # an inference tensor has no version to check
-            self.entry = weakref.ref(x, self._drop), x._version, codes, scale, principal
+    def put(self, x: Tensor, tokens: Tokens) -> None:
+        # an inference tensor has no version to check
+        if self.readers > 1 and not torch.compiler.is_compiling() and not x.is_inference():
+            self.entry = weakref.ref(x, self._drop), x._version, tokens
             self.reads_left = self.readers - 1
 
 
@@ -93,7 +95,7 @@ class QuantLinear(nn.Linear):
         self.format = format
         self.in_features, self.out_features = format.in_features, format.out_features
         self.shared_input = SharedInput(1)
-        self.calls = kernels.LayerCalls()
+        self.calls = LayerCalls()
         stored = format.buffers()
         for name, (shape, kind) in (format.weight_buffers() | format.input.buffers()).items():
             buffer = torch.zeros(shape, dtype=DTYPES[kind], device=device)
@@ -159,15 +161,10 @@ class QuantLinear(nn.Linear):
     @property
     def input_transform(self) -> InputTransform:
         """The centring, smoothing, rotation and clip of this layer's input, as views of its buffers."""
-        rotation = Rotation(
-            self.format.input.rotation, self.in_features, self.format.input.factors, None,
-            self._float_view("block1_bits", torch.float32), self._float_view("block2_bits", torch.float32),
-            self._buffers.get("permutation"),
-        )  # fmt: skip
-        offset, scale = (self._float_view(f"input_{name}_bits", torch.float16) for name in ("offset", "scale"))
-        return InputTransform(
-            rotation, offset, scale, self.format.input.clip, self.format.input.token_levels, self._low_rank("principal")
-        )
+        f, t = self.format.input, self.arguments().transform
+        rotation = t.build_rotation(self.in_features)
+        principal = self._low_rank("principal")
+        return InputTransform(rotation, t.input_offset, t.input_scale, f.clip, f.token_levels, principal)
 
     def _low_rank(self, name: str) -> LowRank | None:
         if not self.format.input.principal_rank:
@@ -176,13 +173,8 @@ class QuantLinear(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """The weight this layer multiplies with, in the original basis: float32 (out_features, in_features)."""
-        transform = self.input_transform
-        weight = transform.unfold(self._decode().float() * self.row_scale[:, None])
-        if (outlet := self._low_rank("outlet")) is not None:
-            u = transform.principal.values
-            part = (outlet.values.T - transform.unsmooth(weight) @ u.T) @ u
-            weight = weight + (part if transform.input_scale is None else part * transform.input_scale.float())
-        return weight
+        weight = self._decode().float() * self.row_scale[:, None]
+        return ops.unfold(self.input_transform, weight, self._low_rank("outlet"))
 
     def to_linear(self) -> nn.Linear:
         """A dense ``nn.Linear`` that computes the same from unquantized activations."""
@@ -195,100 +187,69 @@ class QuantLinear(nn.Linear):
         return dense.to(self._dtype_marker.dtype)
 
     def _decode(self) -> Tensor:
-        f = self.format
-        return ops.decode_weight(self.packed, self._buffers.get("table"), f.in_features, f.out_features, f.weight_bits)
+        return ops.decode_weight(self.arguments().weight, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ModelError(f"quantized linear: input of shape {tuple(x.shape)} must end in {self.in_features}")
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightThrough.apply(x, self)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         # the first question is the cheap one
         if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind := x.device.type):
-            return self._compute(x, x.dtype)
-        # autocast would reach the float products inside the operators
-        with torch.autocast(kind, enabled=False):
-            return self._compute(x, torch.get_autocast_dtype(kind))
-
-    def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        is_direct, principal = self.calls.prepare(x, self), None
-        has_principal = is_direct and self.calls.takes_principal(x, out_dtype)  # inside the kernels
-        if self.format.input.activation_bits == 16:
-            if is_direct:
-                y = self.calls.weight_only_linear(x, out_dtype)
-            else:
-                tokens = x.reshape(-1, self.in_features)
-                y = ops.weight_only_linear(tokens, *self._input_arguments(), *self._weight_arguments(), out_dtype)
-        elif not is_direct:
-            codes, scale, principal = self._quantize(x, is_direct)
-            y = ops.quantized_linear(codes, scale, *self._weight_arguments(), out_dtype)
-        elif (found := self.shared_input.get(x)) is not None:
-            codes, scale, principal = found
-            y = self.calls.quantized_linear(codes, scale, out_dtype, principal if has_principal else None)
+            y = self._compute(x, x.dtype)
         else:
-            left, principal = (x, None) if has_principal else self._split(x)
-            y, codes, scale, coordinates = self.calls.linear(left, out_dtype, has_principal)
-            principal = coordinates if has_principal else principal
-            self.shared_input.put(x, codes, scale, principal)
-        if principal is not None and not has_principal:
-            principal = principal[:, : self.format.input.principal_rank]  # a kernel has an even number of columns
-            y = y.addmm_(principal.to(out_dtype), self._low_rank("outlet").values.to(out_dtype))
+            with torch.autocast(kind, enabled=False):  # it would reach the float products inside the operators
+                y = self._compute(x, torch.get_autocast_dtype(kind))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes int8 (tokens, in_features) and steps float32 (tokens,) of x (..., in_features)."""
-        return self._quantize(x, self.calls.prepare(x, self))[:2]
+    def _compute(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        calls = self._calls(x, out_dtype)
+        if self.format.input.activation_bits == 16:
+            return calls.weight_only_linear(x, out_dtype)
+        if (tokens := self.shared_input.get(x)) is not None:
+            return calls.quantized_linear(tokens, out_dtype)
+        y, tokens = calls.linear(x, out_dtype)
+        self.shared_input.put(x, tokens)
+        return y
 
-    def _quantize(self, x: Tensor, is_direct: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        is_eager = not torch.compiler.is_compiling()  # a compiler merges equal calls by itself
-        if is_eager and (found := self.shared_input.get(x)) is not None:
-            return found
-        if is_direct and self.calls.takes_principal(x):
-            codes, scale, principal = self.calls.quantize_tokens(x, has_principal=True)
-        else:
-            left, principal = self._split(x)
-            if is_direct:
-                codes, scale, _ = self.calls.quantize_tokens(left)
-            else:
-                tokens, f = left.reshape(-1, self.in_features), self.format
-                codes, scale = ops.quantize_tokens(
-                    tokens, *self._input_arguments(), f.input.activation_bits, f.input.clip, f.input.token_levels
-                )
-        if is_eager:
-            self.shared_input.put(x, codes, scale, principal)
-        return codes, scale, principal
+    def quantize_input(self, x: Tensor) -> Tokens:
+        """The codes and steps of x (..., in_features), computed or shared."""
+        if (tokens := self.shared_input.get(x)) is None:
+            tokens = self._calls(x, x.dtype).quantize_tokens(x)
+            self.shared_input.put(x, tokens)
+        return tokens
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What of x is rounded, and the coordinates of what is not, (tokens, principal_rank)."""
-        if not self.format.input.principal_rank:
-            return x, None
-        t = self.input_transform
-        return split(x.reshape(-1, self.in_features), t.principal, t.input_offset, t.input_scale)
+    def _calls(self, x: Tensor, out_dtype: torch.dtype) -> Any:
+        """What computes on x: the native kernels directly where they can be called, else the operators."""
+        has_kernels = self.calls.prepare(x, out_dtype, self)
+        calls = self.calls if has_kernels else self.arguments()
+        if not (rank := self.format.input.principal_rank):
+            return calls
+        outlet = self._low_rank("outlet")
+        if has_kernels and principal.kernels_take(rank, x.dtype, out_dtype):
+            return principal.KernelCalls(calls, self._low_rank("principal"), outlet)
+        return principal.TorchCalls(calls, self.input_transform, outlet)
 
-    def _weight_arguments(self) -> tuple:
-        """What the operators want to know of the weight."""
-        return (
-            self._buffers["packed"],
-            self._buffers.get("table"),
-            self._float_view("row_scale_bits", torch.float32),
-            self._float_view("bias_bits", torch.float32),
-            self.format.weight_bits,
-        )
-
-    def _input_arguments(self) -> tuple:
-        """What the operators want to know of :attr:`input_transform`."""
-        return (
+    def arguments(self) -> LayerArgs:
+        """What the operators are told of this layer, as views of its buffers."""
+        f = self.format
+        transform = TransformArgs(
             self._float_view("input_offset_bits", torch.float16),
             self._float_view("input_scale_bits", torch.float16),
-            self.format.input.rotation,
-            self.format.input.factors,
+            f.input.rotation,
+            f.input.factors,
             self._float_view("block1_bits", torch.float32),
             self._buffers.get("permutation"),
             self._float_view("block2_bits", torch.float32),
         )
+        weight = WeightArgs(
+            self._buffers["packed"],
+            self._buffers.get("table"),
+            self._float_view("row_scale_bits", torch.float32),
+            self._float_view("bias_bits", torch.float32),
+            f.weight_bits,
+        )
+        return LayerArgs(transform, Rounding(f.input.activation_bits, f.input.clip, f.input.token_levels), weight)
 
     def extra_repr(self) -> str:
         f = self.format
@@ -304,7 +265,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
         ctx.layer = layer
-        return layer._forward(x)
+        return layer.forward(x)  # gradients are off in here
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
