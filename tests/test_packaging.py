@@ -77,9 +77,14 @@ def test_every_development_tool_is_pinned():
 @pytest.mark.skipif(native.LIBRARY is None or sys.platform != "linux", reason="needs Linux and the native library")
 def test_checkpoints_run_on_the_base_alone_and_on_one_openmp_runtime():
     code = f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'check_installed.py')!r}, run_name='__main__')"
-    done = run(code, OPTIONAL)
+    done = run(code, [*OPTIONAL, "triton"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OpenMP runtimes: /" in done.stdout
+
+
+def test_quantizing_needs_no_triton():
+    done = run("import lrqdit.api, lrqdit.app.demo, lrqdit.app.doctor, lrqdit.app.speed", ["triton"])
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_line_says_what_is_missing():

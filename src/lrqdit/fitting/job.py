@@ -19,8 +19,7 @@ from lrqdit.fitting.compensate import measure_curvature
 from lrqdit.fitting.layer import FittedInput, LinearLike, quantize_linear, quantize_without_data
 from lrqdit.fitting.reports import GroupReport
 from lrqdit.fitting.transform import choose_transform, data_free_transform
-from lrqdit.kernels.triton_gemm import Plan
-from lrqdit.models.registry import Treatment
+from lrqdit.models.registry import Plan, Treatment
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
