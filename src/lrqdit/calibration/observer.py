@@ -1,19 +1,19 @@
-"""Observers on linear layers while the real model runs: bounded statistics, a reservoir of tokens, who shares input.
+"""Observers of linear layers while the model runs: which layers share an input, and bounded statistics of each input.
 
-Memory does not grow with the number of steps: per layer input five vectors of its width, at most
-``calibration_tokens`` tokens in the model's own dtype, and, where compensated rounding will want them, two second
-moments of the centred input, (width, width): see :mod:`lrqdit.calibration.moments`. For the one that weighs tokens
-by what they do to the model's output, some of the model's calls are run a second time and differentiated.
+Memory does not grow with the number of denoising steps. For each layer input there are five vectors of its width, at
+most ``calibration_tokens`` tokens in the model's dtype, and, for compensated rounding, two second moments (width, width)
+of the centred input (:mod:`lrqdit.calibration.moments`). The second of these weighs tokens by their effect on the
+model's output; for it, some calls of the model are run a second time and differentiated.
 
-Layers that are given the very same tensor one after the other (q, k and v; FLUX's proj_mlp beside them) form one group,
-observed once.
+Layers that are given the same tensor one after the other form one group, which is observed once: q, k and v, and FLUX's
+proj_mlp beside them.
 
-**Hold-out.** What a layer's rounding is fitted to must not judge it. While ``Observer.is_held_out`` is set, tokens
-enter the reservoir and not the second moment; otherwise the other way round (unless nothing is held out at all).
-Prompts are held out whole: tokens of one prompt come back at every step.
+**Hold-out.** The tokens that a rounding is fitted to must not judge it. While ``Observer.is_held_out`` is set, tokens
+enter the reservoir and not the second moments; otherwise they enter the second moments and not the reservoir. If nothing
+is held out at all, they enter both. Prompts are held out whole, because the tokens of a prompt come back at every step.
 
-Reductions run single-threaded in float64 (numpy; the second moment in float32 blocks of fixed size, added in float64),
-so that the result does not depend on the number of threads.
+Sums are computed on one thread in float64, or in float32 blocks of fixed size that are added in float64, so that the
+result does not depend on the number of threads.
 """
 
 import copy

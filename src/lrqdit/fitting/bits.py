@@ -1,13 +1,14 @@
-"""Mixed precision: how much the model's output changes with each layer's weight bits, and which bits a budget allows.
+"""Mixed precision: how much each layer's weight bits change the model's output, and which bits a budget of bytes allows.
 
-Two ways to know, both at one width; at the others the change is scaled by fixed factors, which choose as well as
-measuring at every width. Errors of different layers add up within a few per cent.
+The change is found at one width of each layer. At other widths it is that value times a fixed factor
+(``RELATIVE_ERROR``); measuring at every width gave no better choice. The changes of different layers add up to the
+change of all of them, within a few per cent. There are two ways to find the change at one width:
 
-- estimated from calibration: with D the rounding error of a weight and M the gradients of
-  :mod:`lrqdit.calibration.moments`, the output changes by <M, D>, whose mean square is
-  tr(D E[M^T M] D^T) / out_features if all rows of M are alike;
-- measured: one layer at a time is replaced by its quantized form (activations in full) and the recorded denoising steps
-  are run again. It chooses better, and takes a run of the model for each layer.
+- ``gradient`` estimates it from calibration. Let D be the rounding error of a weight and M the matrix of gradients that
+  :mod:`lrqdit.calibration.moments` defines. To first order the output changes by <M, D>. Its mean square is
+  tr(D E[M^T M] D^T) / out_features, if all rows of M have the same distribution.
+- ``measured`` replaces one layer at a time by its rounded form, with float activations, and runs the recorded denoising
+  steps again. It chooses better, and needs a few runs of the model for each layer.
 """
 
 import dataclasses
@@ -27,9 +28,10 @@ from lrqdit.numerics.rotation import single_thread
 from lrqdit.packed.format import InputFormat, LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
-# A layer's error by weight bits. A bit counts four; from 3 to 2 bits the late steps show 4.8 (the median), and
-# cross-attention's queries and keys lose at earlier steps what they do not show. 5 and 6 bits were measured on Gaussian
-# weights alone, where a bit on a trellis counts 3.6 or 3.7; the sixth counts 2.5, because it has no trellis
+# Squared error of a layer by weight bits, relative to 3 bits. One bit less multiplies it by 4. From 3 to 2 bits the last
+# denoising steps show a factor of 4.8 (median over layers); 8 is used, because the queries and keys of cross-attention
+# also lose at earlier steps, which are not recorded. The factors of 5 and 6 bits were measured on Gaussian weights: 3.6
+# or 3.7 for a bit on a trellis, 2.5 for the sixth bit, which has no trellis.
 RELATIVE_ERROR = {2: 8.0, 3: 1.0, 4: 0.25, 5: 0.0625, 6: 0.025, 8: 0.003}
 
 

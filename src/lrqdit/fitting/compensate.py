@@ -1,19 +1,19 @@
 """Rounding that compensates its own error: GPTQ on the levels of any codebook.
 
-With S = E[x~^T x~] the second moment of a layer's transformed input and x~q = c x~ + e what its quantized tokens really
-are (c the gain of rounding and clipping, e noise of variance s^2 in every channel, both measured), the expected squared
-output error of weights V that stand for W~ is, up to a constant and relative to the unbiased target,
+Let S = E[x~^T x~] be the second moment of a layer's transformed input. Its quantized tokens are x~q = c x~ + e: c is the
+gain of rounding and clipping, and e is noise of variance s^2 in every channel. Both are measured. For rounded weights V
+in the place of W~, the expected squared error of the output, relative to the exact output and up to a constant, is
 
-    tr (V - W~) H (V - W~)^T,        H = c^2 S + s^2 I + lambda mean(diag S) I,
+    tr (V - W~) H (V - W~)^T,        H = c^2 S + s^2 I + lambda mean(diag S) I.
 
-so coarse activations damp the Hessian by themselves. W~ is rounded column by column, each column's error spread over
-the columns still to come (GPTQ, arXiv 2210.17323: the optimal brain surgeon's update), in descending order of diag(H).
-Then each row's scale is set so that the rounded row is as long as the exact one along it in the metric H: rounding to
-centroids shrinks every row a little, and what all layers lose at every step adds up in the picture.
+So coarse activations damp the Hessian without a setting. GPTQ (arXiv 2210.17323) rounds W~ column by column, in
+descending order of diag(H), and spreads each column's error over the columns that are still to come. Then the scale of
+each row is set so that <w, v> = <w, w> in the metric H, with w the exact row and v the rounded one. Rounding to
+centroids shrinks every row a little; without this step the losses of all layers and denoising steps add up in a picture.
 
-S comes from all calibration tokens, at a cost that does not depend on their number; half of it is replaced by the
-moment that weighs tokens by what they do to the model's output (:mod:`lrqdit.calibration.moments`), at the same trace.
-The tokens of prompts that were held out decide, per layer, between this and plain rounding.
+S is a sum over all calibration tokens. Half of it is replaced by the moment that weighs tokens by their effect on the
+model's output (:mod:`lrqdit.calibration.moments`), scaled to the same trace. For each layer, the tokens of held-out
+prompts decide between this and rounding to the nearest level.
 """
 
 import dataclasses
