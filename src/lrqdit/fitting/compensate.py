@@ -1,7 +1,7 @@
 """Rounding that compensates its own error: GPTQ on the levels of any codebook.
 
-Let S = E[x~^T x~] be the second moment of a layer's transformed input. Its quantized tokens are x~q = c x~ + e: c is the
-gain of rounding and clipping, and e is noise of variance s^2 in every channel. Both are measured. For rounded weights V
+Let S = E[x~^T x~] be the second moment of a layer's transformed input. Its quantized tokens are x~q = c x~ + e: c is
+the gain of rounding and clipping, and e is noise of variance s^2 in every channel. Both are measured. For rounded weights V
 in the place of W~, the expected squared error of the output, relative to the exact output and up to a constant, is
 
     tr (V - W~) H (V - W~)^T,        H = c^2 S + s^2 I + lambda mean(diag S) I.
@@ -9,7 +9,7 @@ in the place of W~, the expected squared error of the output, relative to the ex
 So coarse activations damp the Hessian without a setting. GPTQ (arXiv 2210.17323) rounds W~ column by column, in
 descending order of diag(H), and spreads each column's error over the columns that are still to come. Then the scale of
 each row is set so that <w, v> = <w, w> in the metric H, with w the exact row and v the rounded one. Rounding to
-centroids shrinks every row a little; without this step the losses of all layers and denoising steps add up in a picture.
+centroids shrinks every row a little; without this step the losses of all layers and steps add up in a picture.
 
 S is a sum over all calibration tokens. Half of it is replaced by the moment that weighs tokens by their effect on the
 model's output (:mod:`lrqdit.calibration.moments`), scaled to the same trace. For each layer, the tokens of held-out
