@@ -2,15 +2,16 @@
 
 Memory does not grow with the number of denoising steps. For each layer input there are five vectors of its width, at
 most ``calibration_tokens`` tokens in the model's dtype, and, for compensated rounding, two second moments (width,
-width) of the centred input (:mod:`lrqdit.calibration.moments`). The second of these weighs tokens by their effect on the
-model's output; for it, some calls of the model are run a second time and differentiated.
+width) of the centred input (:mod:`lrqdit.calibration.moments`). The second of these weighs tokens by their effect on
+the model's output; for it, some calls of the model are run a second time and differentiated.
 
 Layers that are given the same tensor one after the other form one group, which is observed once: q, k and v, and FLUX's
 proj_mlp beside them.
 
 **Hold-out.** The tokens that a rounding is fitted to must not judge it. While ``Observer.is_held_out`` is set, tokens
 enter the reservoir and not the second moments; otherwise they enter the second moments and not the reservoir. If
-nothing is held out at all, they enter both. Prompts are held out whole, because the tokens of a prompt come back at every step.
+nothing is held out at all, they enter both. Prompts are held out whole, because the tokens of a prompt come back at
+every step.
 
 Sums are computed on one thread in float64, or in float32 blocks of fixed size that are added in float64, so that the
 result does not depend on the number of threads.

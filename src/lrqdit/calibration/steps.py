@@ -1,10 +1,10 @@
 """The last denoising steps of a few prompts, kept on the CPU so that they can be run again with one layer changed.
 
 The model's error at the last steps decides the error of the picture: two of ten steps make 90 % of it. Guidance
-combines several outputs of the model at each step. With a scale of 3, the square of an error that the conditional and the
-unconditional output have in common counts once, that of an error of the conditional output alone nine times. So each
-step is kept with the weights by which the scheduler's input was made of the model's outputs. Steps of held-out prompts
-are preferred, because the rounding was not fitted to them.
+combines several outputs of the model at each step. With a scale of 3, the square of an error that the conditional and
+the unconditional output have in common counts once, that of an error of the conditional output alone nine times. So
+each step is kept with the weights by which the scheduler's input was made of the model's outputs. Steps of held-out
+prompts are preferred, because the rounding was not fitted to them.
 """
 
 import collections

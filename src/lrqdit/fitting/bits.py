@@ -29,9 +29,9 @@ from lrqdit.packed.format import InputFormat, LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
 # Squared error of a layer by weight bits, relative to 3 bits. One bit less multiplies it by 4. From 3 to 2 bits the
-# last denoising steps show a factor of 4.8 (median over layers); 8 is used, because the queries and keys of cross-attention
-# also lose at earlier steps, which are not recorded. The factors of 5 and 6 bits were measured on Gaussian weights: 3.6
-# or 3.7 for a bit on a trellis, 2.5 for the sixth bit, which has no trellis.
+# last denoising steps show a factor of 4.8 (median over layers); 8 is used, because the queries and keys of cross-
+# attention also lose at earlier steps, which are not recorded. The factors of 5 and 6 bits were measured on Gaussian
+# weights: 3.6 or 3.7 for a bit on a trellis, 2.5 for the sixth bit, which has no trellis.
 RELATIVE_ERROR = {2: 8.0, 3: 1.0, 4: 0.25, 5: 0.0625, 6: 0.025, 8: 0.003}
 
 

@@ -1,8 +1,9 @@
 """Rounding that compensates its own error: GPTQ on the levels of any codebook.
 
 Let S = E[x~^T x~] be the second moment of a layer's transformed input. Its quantized tokens are x~q = c x~ + e: c is
-the gain of rounding and clipping, and e is noise of variance s^2 in every channel. Both are measured. For rounded weights V
-in the place of W~, the expected squared error of the output, relative to the exact output and up to a constant, is
+the gain of rounding and clipping, and e is noise of variance s^2 in every channel. Both are measured. For rounded
+weights V in the place of W~, the expected squared error of the output, relative to the exact output and up to a
+constant, is
 
     tr (V - W~) H (V - W~)^T,        H = c^2 S + s^2 I + lambda mean(diag S) I.
 
