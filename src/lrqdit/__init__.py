@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from lrqdit.errors import LrqditError as LrqditError
     from lrqdit.fitting.reports import CalibrationReport as CalibrationReport
     from lrqdit.integrations.diffusers import LRQDiTConfig as LRQDiTConfig
-    from lrqdit.kernels import cpu_attention as attention  # noqa: F401
+    from lrqdit.kernels import cpu_attention
     from lrqdit.numerics import codebook as codebook
     from lrqdit.numerics import rotation as rotation
     from lrqdit.packed.checkpoint import load_checkpoint as load_checkpoint
     from lrqdit.packed.checkpoint import save_checkpoint as save_checkpoint
     from lrqdit.packed.linear import QuantLinear as QuantLinear
     from lrqdit.packed.size import measure_size as measure_size
+
+    attention = cpu_attention
 
 __version__ = "0.1.0"
 # public name: the module it is in, or is
@@ -45,7 +47,7 @@ _PUBLIC = {
     "rotation": "lrqdit.numerics.rotation",
     "save_checkpoint": "lrqdit.packed.checkpoint",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]: the imports above say it
 
 
 def __getattr__(name: str) -> Any:
