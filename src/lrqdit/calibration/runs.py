@@ -23,7 +23,6 @@ from lrqdit.packed.format import FORMAT_VERSION
 
 MARKS_FILE = "marks.json"
 _LOG = logging.getLogger("lrqdit")
-CALIBRATION_VERSION = 1  # of what a run keeps for itself
 
 
 class RunFolder:
@@ -101,20 +100,15 @@ class RunFolder:
         inputs = [tensor for step in calibration.steps for call in step.calls for tensor in call.tensors]
         tensors |= {f"step.{i}": tensor for i, tensor in enumerate(inputs)}
         steps = [
-            {
-                "calls": [(call.structure, len(call.tensors)) for call in step.calls],
-                "weights": step.weights,
-                "shape": step.shape,
-            }
-            for step in calibration.steps
+            {"calls": [(c.structure, len(c.tensors)) for c in s.calls], "weights": s.weights, "shape": s.shape}
+            for s in calibration.steps
         ]
-        values = {"version": CALIBRATION_VERSION, "names": names, "steps": steps, "inputs": len(inputs)}
-        self.save("calibration", tensors, values)
+        self.save("calibration", tensors, {"names": names, "steps": steps, "inputs": len(inputs)})
 
     def load_calibration(self) -> Calibration | None:
         """The calibration kept by :meth:`save_calibration`, or None."""
         found = self.load("calibration")
-        if found is None or found[1].get("version") != CALIBRATION_VERSION:
+        if found is None:
             return None
         tensors, values = found
         left = iter([tensors.pop(f"step.{i}") for i in range(values["inputs"])])
