@@ -1,9 +1,12 @@
-"""Rewrite the numbers of the README and of the demo model's card from benchmarks/results/*.json; none is typed by hand.
+"""Rewrite what is generated in the documents: numbers from benchmarks/results/*.json, the models, the table of wings.
+
+Generated text stands between <!-- name --> and <!-- /name -->; tests/test_docs.py fails where it is out of date.
 
 make demo && cp demo-out/results.json benchmarks/results/demo.json && cp demo-out/comparison.png docs/
 python -m benchmarks.quality.bench_captions w4a8 w3a8 w4a4 | tail -1 > benchmarks/results/captions.json
 python -m benchmarks.quality.bench_levels | tail -1 > benchmarks/results/levels.json
 python -m benchmarks.quality.bench_quality && python -m benchmarks.quality.bench_quality --layers
+python -m benchmarks.quality.bench_unseen | tail -1 > benchmarks/results/unseen.json
 python -m benchmarks.speed.bench_linear | tail -1 > benchmarks/results/linear.json
 python -m benchmarks.speed.bench_step | tail -1 > benchmarks/results/step.json
 python -m benchmarks.speed.bench_attention | tail -1 > benchmarks/results/attention.json
@@ -11,135 +14,169 @@ python -m benchmarks.speed.bench_quantize | tail -1 > benchmarks/results/quantiz
 python -m benchmarks.update_readme
 """
 
+import ast
 import json
 import re
+import statistics
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from lrqdit.models.registry import MODELS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src/lrqdit"
+DEMO_CARD = ROOT / "demo/README.md"
+SETTINGS = ("w4a8", "w3a8", "w3a6", "w4a4", "w3a4", "w2a4", "w4a16")
+CHARTS = {"docs/error-a8.svg": ("w4a8", "w3a8"), "docs/error-a4.svg": ("w4a4", "w3a4")}
+FIVE_METHODS = ("lrqdit", "svdquant+gptq", "orbitquant+gptq", "lrq-dit-paper", "rtn")
+USES = {
+    "w4a8": "start here",
+    "w3a8": "where memory counts more",
+    "w4a4": "to compare with the literature; no faster than `w4a8`",
+}
+MANY_TOKENS = 1024
 
 
-def read(name: str) -> dict:
+def read(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())
 
 
-def demo_table() -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def machine(results: dict[str, Any]) -> str:
+    """The machine that a result was measured on."""
+    found = results["machine"]
+    return f"{found['processor']}, {found['threads']} threads"
+
+
+# quality
+
+
+def quality_rows(bits: str) -> list[dict[str, Any]]:
+    """Every method at one setting, the smallest error first."""
+    return sorted((row for row in read("quality")["rows"] if row["bits"] == bits), key=lambda row: row["image_mse"])
+
+
+def presets_table() -> str:
+    """Which preset to use: sizes and closeness to the original on the embedded model."""
+    quality = {row["bits"]: row for row in read("quality")["rows"] if row["preset"] == "lrqdit"}
+    rows = read("demo")["rows"]
+    lines = [("float16", "16", f"{rows[0]['bytes_before'] / 1e6:.1f} MB", "-", "the original")]
+    for row in rows:
+        size, psnr = f"{row['bytes_after'] / 1e6:.1f} MB", f"{quality[row['preset']]['psnr']:.1f} dB"
+        lines.append((f"`{row['preset']}`", f"{row['true_bits']:.2f}", size, psnr, USES[row["preset"]]))
+    return table(("preset", "true bits", "file", "PSNR", "use"), lines)
+
+
+def embedded_table() -> str:
     """The embedded model: sizes, closeness to the original, and whether it still draws its captions."""
     original = next(row for row in read("captions")["rows"] if row["model"] == "original")
     captions = {row["bits"]: row for row in read("quality")["rows"] if row["preset"] == "lrqdit"}
-    lines = [
-        "Embedded model, pictures of eight captions that calibration did not see (PSNR, SSIM, latent error against the",
-        "original's pictures), and 64 captions whose nearest neighbour among all 1,911 Noto emoji must be the",
-        "captioned one or one of its subcategory (`bench_captions.py` for the original, `bench_quality.py` for the",
-        "others; none is a calibration prompt):",
-        "",
-        "| preset | true bits | file | PSNR | SSIM | latent error | caption or subcategory (caption itself) |",
-        "|---|---|---|---|---|---|---|",
-    ]
     rows = read("demo")["rows"]
-    lines.append(
-        f"| original | float16 | {rows[0]['bytes_before'] / 1e6:.1f} MB | - | - | - "
-        f"| {original['subcategory']:.0%} ({original['exact']:.0%}) |"
-    )
+    shares = f"{original['subcategory']:.0%} ({original['exact']:.0%})"
+    lines = [("original", "float16", f"{rows[0]['bytes_before'] / 1e6:.1f} MB", "-", "-", "-", shares)]
     for row in rows:
-        caption = captions.get(row["preset"])
-        shares = f"{caption['subcategory']:.0%} ({caption['caption']:.0%})" if caption else "-"
-        lines.append(
-            f"| {row['preset']} | {row['true_bits']:.2f} | {row['bytes_after'] / 1e6:.1f} MB | {row['psnr']:.1f} dB "
-            f"| {row['ssim']:.3f} | {row['latent_error']:.3f} | {shares} |"
-        )
-    return lines
+        caption = captions[row["preset"]]
+        numbers = f"{row['psnr']:.1f} dB", f"{row['ssim']:.3f}", f"{row['latent_error']:.3f}"
+        shares = f"{caption['subcategory']:.0%} ({caption['caption']:.0%})"
+        size = f"{row['bytes_after'] / 1e6:.1f} MB"
+        lines.append((row["preset"], f"{row['true_bits']:.2f}", size, *numbers, shares))
+    return table(
+        ("preset", "true bits", "file", "PSNR", "SSIM", "latent error", "caption or subcategory (caption itself)"),
+        lines,
+    )
 
 
-def level_table() -> list[str]:
+def setup_sentence() -> str:
+    setup = read("quality")["setup"]
+    return (
+        f"{setup['pictures']} captions that calibration did not see, one seed each, {setup['steps']} steps; "
+        f"the same {setup['calibration_prompts']} calibration captions for every method."
+    )
+
+
+def five_methods_table() -> str:
+    """The README's part of the tables of methods."""
+    settings = ("w4a8", "w3a8")
+    found = {bits: {row["preset"]: row for row in quality_rows(bits)} for bits in settings}
+    lines = []
+    for name in FIVE_METHODS:
+        rows = [found[bits][name] for bits in settings]
+        cells = [(f"{r['true_bits']:.2f}", f"{1000 * r['image_mse']:.2f}", f"{r['psnr']:.1f} dB") for r in rows]
+        lines.append((f"**{name}**" if name == "lrqdit" else name, *cells[0], *cells[1]))
+    header = [f"{bits}: {column}" for bits in settings for column in ("true bits", "error x 1000", "PSNR")]
+    return table(("method", *header), lines)
+
+
+def methods_tables() -> str:
+    """Every method at every setting that was measured, by error."""
+    sections = []
+    for bits in SETTINGS:
+        lines = []
+        for row in quality_rows(bits):
+            low, high = (1000 * value for value in row["image_mse_interval"])
+            over = "-"
+            if "over_paper" in row:
+                a, b = row["over_paper_interval"]
+                over = f"{row['over_paper']:.2f} ({a:.2f} to {b:.2f})"
+            name = f"**{row['preset']}**" if row["preset"].startswith("lrqdit") else row["preset"]
+            error = f"{1000 * row['image_mse']:.2f} ({low:.2f} to {high:.2f})"
+            numbers = f"{row['psnr']:.1f}", f"{row['ssim']:.3f}", f"{row['latent_error']:.3f}"
+            lines.append((name, f"{row['true_bits']:.2f}", error, over, *numbers))
+        header = "method", "true bits", "error x 1000", "over lrq-dit-paper", "PSNR", "SSIM", "latent error"
+        sections.append(f"### {bits}\n\n{table(header, lines)}")
+    return "\n\n".join(sections)
+
+
+def unseen_table() -> str:
+    """A model that the package has no entry for."""
+    rows = read("unseen")["rows"]
+    found = {(row["preset"], row["bits"]): row for row in rows}
+    settings, presets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("bits", "preset"))
+    lines = []
+    for preset in presets:
+        cells = [
+            f"{1000 * row['image_mse']:.2f} ({row['true_bits']:.2f})" for row in (found[preset, b] for b in settings)
+        ]
+        lines.append((f"**{preset}**" if preset == "lrqdit" else preset, *cells))
+    return table(("method: error x 1000 (true bits)", *settings), lines)
+
+
+def single_layers_table() -> str:
+    """Single layers of inputs made for it."""
+    rows = read("quality")["layers"]
+    found = {(row["preset"], row["bits"], row["input"]): row["error"] for row in rows}
+    presets, settings, inputs = (list(dict.fromkeys(row[key] for row in rows)) for key in ("preset", "bits", "input"))
+    lines = []
+    for preset in presets:
+        errors = [f"{found[preset, bits, kind]:.5f}" for bits in settings for kind in inputs]
+        lines.append((f"**{preset}**" if preset == "lrqdit" else preset, *errors))
+    return table(("method", *(f"{bits}: {kind}" for bits in settings for kind in inputs)), lines)
+
+
+def levels_table() -> str:
     """Relative squared error of the levels."""
     levels = read("levels")
-    lines = [
-        "Relative squared error of the deployed levels (int8 table times row scale) on Gaussian rows of 1152, the",
-        "worst of Twin-Log over weight scales from 1e-6 to 1e3 (`benchmarks/bench_levels.py`):",
-        "",
-        "| bits | Twin-Log, one table per layer | the same on a trellis | Lloyd-Max, one table per layer "
-        "| min-max uniform |",
-        "|---|---|---|---|---|",
-    ]
-    for bits in ("4", "3", "2"):
-        errors = (levels[kind][bits] for kind in ("gaussian", "trellis", "lloyd_max", "minmax"))
-        lines.append(f"| {bits} | " + " | ".join(f"{error:.4f}" for error in errors) + " |")
-    return lines
-
-
-def quality_table() -> list[str]:
-    """Every method at every setting that was measured, by error."""
-    results = read("quality")
-    setup = results["setup"]
-    lines = [
-        f"Every method on the embedded model: {setup['pictures']} captions unseen in calibration, one seed each,",
-        f"{setup['steps']} steps, the same {setup['calibration_prompts']} calibration captions for all. Mean squared "
-        "error of the pictures x 1000 with its",
-        "95 % bootstrap interval, over the published method's error on the same pictures; true bits with layers kept",
-        "in float at 16 bits (`benchmarks/bench_quality.py`; `lrqdit` and `lrq-dit-paper` run packed, `package:` rows",
-        "by that package, all others as simulated recipes). `lrqdit-uniform` gives every layer the same bits,",
-        "`lrqdit-equal-bits` as many true bits as `lrq-dit-paper` in all, chosen by running the model:",
-        "",
-        "| setting | method | true bits | error x 1000 | over lrq-dit-paper | PSNR | SSIM | latent error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    order = ["w4a8", "w3a8", "w4a4", "w3a4"]
-    rows = [row for row in results["rows"] if row["bits"] in order]
-    for row in sorted(rows, key=lambda row: (order.index(row["bits"]), row["image_mse"])):
-        low, high = (1000 * v for v in row["image_mse_interval"])
-        over = "-"
-        if "over_paper" in row:
-            a, b = row["over_paper_interval"]
-            over = f"{row['over_paper']:.2f} ({a:.2f} to {b:.2f})"
-        name = f"**{row['preset']}**" if row["preset"].startswith("lrqdit") else row["preset"]
-        error = f"{1000 * row['image_mse']:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(
-            f"| {row['bits']} | {name} | {row['true_bits']:.2f} | {error} | {over} | {row['psnr']:.1f} "
-            f"| {row['ssim']:.3f} | {row['latent_error']:.3f} |"
-        )
-    return lines
-
-
-def speed_table() -> list[str]:
-    """Layers, a step and the quantizer on the machine that measured them."""
-    linear, step, quantize, attention = read("linear"), read("step"), read("quantize"), read("attention")
-    presets = list(dict.fromkeys(layer["preset"] for layer in linear["layers"]))
-    shapes = list(dict.fromkeys(tuple(layer["shape"]) for layer in linear["layers"]))
-    found = {(tuple(layer["shape"]), layer["preset"]): layer for layer in linear["layers"]}
-    peers = list(dict.fromkeys(name for layer in linear["layers"] for name in layer["ratio_to_peers"]))
-    lines = [
-        f"Whole layers (rotation and quantization of the input included) on {linear['threads']} cores of "
-        f"{quantize['machine']['processor']}, {linear['isa'].removeprefix('CPU kernels: native, ')},",
-        "as multiples of the speed of a bfloat16 `F.linear`, measured in turns in one process; then float32, and our",
-        f"speed at {presets[0]} over a bare `torch._int_mm`{' and over whole layers of others' if peers else ''}:",
-        "",
-        "| tokens, in, out | " + " | ".join([*presets, "float32", "over `_int_mm`", *peers]) + " |",
-        "|---" * (3 + len(presets) + len(peers)) + "|",
-    ]
-    for shape in shapes:
-        first = found[shape, presets[0]]
-        values = [f"**{found[shape, preset]['ratio_to_bf16']:.2f}**" for preset in presets]
-        values += [f"{first['ratio_to_bf16'] / first['ratio_to_fp32']:.2f}", f"{1 / first['time_over_int_mm']:.2f}"]
-        values += [f"{first['ratio_to_peers'][name]:.2f}" if name in first["ratio_to_peers"] else "-" for name in peers]
-        lines.append(f"| {', '.join(map(str, shape))} | " + " | ".join(values) + " |")
-    rotations = {
-        preset: {layer["rotation"] for layer in linear["layers"] if layer["preset"] == preset} for preset in presets
+    kinds = {
+        "gaussian": "Twin-Log, one table per layer",
+        "trellis": "the same on a trellis",
+        "lloyd_max": "Lloyd-Max, one table per layer",
+        "minmax": "min-max uniform",
     }
-    chosen = "; ".join(f"{preset}: {', '.join(sorted(kinds))}" for preset, kinds in rotations.items())
-    return [
-        *lines,
-        "",
-        f"Rotations chosen for these inputs: {chosen}. Each timed call follows one of the same layer; a single token",
-        "whose weights are not in the caches is bound by memory.",
-        "",
-        f"One step of PixArt-Sigma XL/2 at {step['pixels']} pixels with guidance, {step['preset']}: "
-        f"**{step['ratio_to_bf16']:.2f} x** the speed of bfloat16 at {step['memory_ratio']:.2f} x its peak memory",
-        f"({step['ratio_to_bf16_with_our_attention']:.2f} x bfloat16 on the attention that comes with us). Attention: "
-        f"{attention['geometric_mean']:.2f} x torch's in the geometric mean of {len(attention['shapes'])} shapes,",
-        f"at least {attention['smallest']:.2f} (`bench_attention.py`).",
-        f"Quantizing (rotation, levels, packing): {quantize['weights_per_second'] / 1e6:.0f} million weights per "
-        f"second with scalar levels, {quantize['trellis_weights_per_second'] / 1e6:.0f} with a trellis.",
-    ]
+    lines = [(bits, *(f"{levels[kind][bits]:.4f}" for kind in kinds)) for bits in ("5", "4", "3", "2")]
+    return table(("bits", *kinds.values()), lines)
 
 
 def caption_sentence() -> str:
@@ -150,18 +187,223 @@ def caption_sentence() -> str:
     )
 
 
-def fill(path: Path, marker: str, content: str) -> None:
-    """Replace what stands between <!-- marker --> and <!-- /marker -->."""
+# speed
+
+
+def layer_speed(preset: str) -> float:
+    """Speed of whole layers over bfloat16 ``F.linear``: geometric mean of the shapes of many tokens."""
+    return statistics.geometric_mean(
+        layer["ratio_to_bf16"]
+        for layer in read("linear")["layers"]
+        if layer["preset"] == preset and layer["shape"][0] >= MANY_TOKENS
+    )
+
+
+def layer_sentence() -> str:
+    large = {tuple(row["shape"]) for row in read("linear")["layers"] if row["shape"][0] >= MANY_TOKENS}
+    return (
+        f"layers **{layer_speed('w4a8'):.2f} x** bfloat16 `F.linear` (mean of {len(large)} shapes), "
+        f"a PixArt step {read('step')['ratio_to_bf16']:.2f} x"
+    )
+
+
+def three_speeds_table() -> str:
+    """A layer, a step, the quantizer."""
+    step, quantize, linear = read("step"), read("quantize"), read("linear")
+    smallest = min(
+        layer["ratio_to_bf16"]
+        for layer in linear["layers"]
+        if layer["preset"] == "w4a8" and layer["shape"][0] >= MANY_TOKENS
+    )
+    lines = [
+        (
+            f"a linear layer, w4a8, {MANY_TOKENS} tokens or more",
+            f"**{layer_speed('w4a8'):.2f} x** bfloat16 `F.linear`, {smallest:.2f} x at least",
+        ),
+        (
+            f"a step of PixArt-Sigma XL/2 at {step['pixels']} pixels with guidance, {step['preset']}",
+            f"**{step['ratio_to_bf16']:.2f} x** bfloat16 at {step['memory_ratio']:.2f} x its peak memory",
+        ),
+        (
+            "quantizing (rotation, levels, packing)",
+            f"{quantize['trellis_weights_per_second'] / 1e6:.0f} million weights a second on a trellis, the default; "
+            f"{quantize['weights_per_second'] / 1e6:.0f} without",
+        ),
+    ]
+    return table((f"on {machine(linear)}", "speed"), lines)
+
+
+def layers_table() -> str:
+    """Whole layers beside float and other libraries."""
+    linear = read("linear")
+    presets, shapes = (
+        list(dict.fromkeys(tuple(row[key]) if key == "shape" else row[key] for row in linear["layers"]))
+        for key in ("preset", "shape")
+    )
+    found = {(tuple(layer["shape"]), layer["preset"]): layer for layer in linear["layers"]}
+    peers = list(dict.fromkeys(name for layer in linear["layers"] for name in layer["ratio_to_peers"]))
+    first, lines = presets[0], []
+    for shape in shapes:
+        row = found[shape, first]
+        cold, ratios = row["cold_ratio_to_bf16"], row["ratio_to_peers"]
+        lines.append(
+            (
+                ", ".join(map(str, shape)),
+                *(f"**{found[shape, preset]['ratio_to_bf16']:.2f}**" for preset in presets),
+                "-" if cold is None else f"{cold:.2f}",
+                f"{row['ratio_to_bf16'] / row['ratio_to_fp32']:.2f}",
+                f"{1 / row['time_over_int_mm']:.2f}",
+                *(f"{ratios[name]:.2f}" if name in ratios else "-" for name in peers),
+            )
+        )
+    rotations = {
+        preset: sorted({layer["rotation"] for layer in linear["layers"] if layer["preset"] == preset})
+        for preset in presets
+    }
+    chosen = "; ".join(f"{preset}: {', '.join(kinds)}" for preset, kinds in rotations.items())
+    header = "tokens, in, out", *presets, f"{first}, cold", "float32", f"{first} over `_int_mm`"
+    return (
+        f"{machine(linear)}, {linear['isa'].removeprefix('CPU kernels: native, ').split(',')[0]} kernels; rotations "
+        f"chosen for these inputs: {chosen}.\n\n{table((*header, *(f'{first} over {name}' for name in peers)), lines)}"
+    )
+
+
+def step_table() -> str:
+    """Where a denoising step spends its time."""
+    step = read("step")
+    models = list(step["parts"])
+    lines = [(part, *(f"{step['parts'][model][part]:.2f} s" for model in models)) for part in step["parts"][models[0]]]
+    return (
+        f"{machine(step)}; {step['preset']}, {step['pixels']} pixels, {step['layers']} blocks: "
+        f"**{step['ratio_to_bf16']:.2f} x** the speed of bfloat16 ({step['ratio_to_bf16_with_our_attention']:.2f} x "
+        f"bfloat16 with our attention) at {step['memory_ratio']:.2f} x its peak memory.\n\n"
+        f"{table(('', *models), lines)}"
+    )
+
+
+def attention_table() -> str:
+    attention = read("attention")
+    lines = [
+        (
+            row["name"], row["shape"].replace(",", ", "), f"{row['gflops']:.0f}", f"{row['torch_gflops']:.0f}",
+            f"{row['ratio_to_torch']:.2f}",
+        )
+        for row in attention["shapes"]
+    ]  # fmt: skip
+    return (
+        f"{machine(attention)}: {attention['geometric_mean']:.2f} x torch's speed in the geometric mean, "
+        f"{attention['smallest']:.2f} at least.\n\n"
+        + table(("", "batch, heads, queries, keys, channels", "Gflop/s", "torch", "over torch"), lines)
+    )
+
+
+def quantizer_table() -> str:
+    quantize = read("quantize")
+    contenders = [name for name, value in next(iter(quantize["shapes"].values())).items() if isinstance(value, dict)]
+    lines = [
+        (shape.replace("x", " x "), *(f"{rates[name]['all'] / 1e6:.{0 if name != contenders[-1] else 2}f}"
+                                      for name in contenders))
+        for shape, rates in quantize["shapes"].items()
+    ]  # fmt: skip
+    return f"{machine(quantize)}, millions of weights a second.\n\n{table(('out x in', *contenders), lines)}"
+
+
+# the package
+
+
+def models_list() -> str:
+    """The transformer classes that have an entry."""
+    return "\n" + textwrap.fill(", ".join(f"`{name}`" for name in MODELS) + ".", 120) + "\n"
+
+
+def first_sentence(path: Path) -> str:
+    """The first line of a module's docstring, as Markdown in a table."""
+    line = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    line = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", line).replace("``", "`").replace("|", r"\|")
+    return line.rstrip(".")
+
+
+def wings_table() -> str:
+    """Every module by wing, the highest first, in the order of the import contract."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    lines = []
+    for level, siblings in zip(range(len(layers), 0, -1), layers, strict=True):
+        for wing in siblings.split(" | "):
+            folder = PACKAGE / wing
+            if not folder.is_dir():
+                lines.append((str(level), f"**`{wing}.py`**", first_sentence(folder.with_suffix(".py"))))
+                continue
+            lines.append((str(level), f"**`{wing}/`**", f"**{first_sentence(folder / '__init__.py')}**"))
+            for path in sorted(folder.rglob("*.py"))[1:]:  # the first is the wing's own __init__.py
+                name = str(path.relative_to(folder)).removesuffix("__init__.py")
+                lines.append(("", f"`{name}`", first_sentence(path)))
+    return table(("level", "module", "what is in it"), lines)
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """Replace what stands between <!-- marker --> and <!-- /marker -->, which must be there once.
+
+    Raises:
+        ValueError: if it is not.
+    """
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    text = re.sub(f"{start}.*?{end}", lambda _: start + content + end, path.read_text(), flags=re.DOTALL)
-    path.write_text(text)
+    text, count = re.subn(f"{start}.*?{end}", lambda _: start + content + end, text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{start} ... {end} stands {count} times in a document, not once")
+    return text
+
+
+def documents() -> dict[Path, str]:
+    """Every document with generated parts, as it should be."""
+    blocks = {
+        "README.md": {
+            "presets": presets_table(),
+            "five-methods": five_methods_table(),
+            "speeds": three_speeds_table(),
+        },
+        "docs/RESULTS.md": {
+            "embedded": embedded_table(),
+            "setup": setup_sentence(),
+            "methods": methods_tables(),
+            "unseen": unseen_table(),
+            "single-layers": single_layers_table(),
+            "levels": levels_table(),
+            "layers": layers_table(),
+            "step": step_table(),
+            "attention": attention_table(),
+            "quantizer": quantizer_table(),
+        },
+        "docs/ARCHITECTURE.md": {"wings": wings_table()},
+    }
+    inline = {
+        "README.md": {"layer-speed": layer_sentence(), "models": models_list()},
+        str(DEMO_CARD.relative_to(ROOT)): {"share": caption_sentence()},
+    }
+    texts = {}
+    for name in {**blocks, **inline}:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for marker, content in blocks.get(name, {}).items():
+            text = fill(text, marker, f"\n{content}\n")
+        for marker, content in inline.get(name, {}).items():
+            text = fill(text, marker, content)
+        texts[ROOT / name] = text
+    return texts
+
+
+def chart_rows(settings: Sequence[str]) -> list[dict[str, Any]]:
+    """What a chart shows, one panel for each setting."""
+    return [row for bits in settings for row in quality_rows(bits)]
 
 
 def main() -> None:
-    tables = [*demo_table(), "", *quality_table(), "", *level_table()]
-    fill(ROOT / "README.md", "results", "\n" + "\n".join(tables) + "\n")
-    fill(ROOT / "README.md", "speed", "\n" + "\n".join(speed_table()) + "\n")
-    fill(ROOT / "src/lrqdit/demo_model/README.md", "share", caption_sentence())
+    from benchmarks import chart  # matplotlib is needed only here
+
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+    for name, settings in CHARTS.items():
+        chart.draw(chart_rows(settings), ROOT / name)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 // Attention of bfloat16 tokens in one pass over the keys (FlashAttention, arXiv 2205.14135 and 2307.08691).
 //
-// A lane of a register is a query. Both products are then the same loop, which broadcasts pairs of the one operand
-// (channels of a key; a channel of two keys) against registers of the other, and no maximum or sum runs across lanes.
-// The exponentials of a block of keys are taken between the dot products of the next one: most of their instructions run
-// on units that do not multiply.
+// Each lane of a register belongs to one query. Both products are then the same loop: it broadcasts a pair of values of one
+// operand (two channels of a key, or one channel of two keys) and multiplies it by registers of the other. No maximum or
+// sum runs across lanes. The exponentials of a block of keys are computed between the dot products of the next block: most
+// of their instructions run on units that do not multiply.
 #pragma once
 
 #include "kernels.h"
@@ -13,15 +13,15 @@ namespace lrq {
 namespace LRQ_ISA {
 
 #if defined(__AVX512BF16__)
-constexpr int SIDE = 6;                     // keys, or channels, that are broadcast side by side
-constexpr int QUERIES = 64;                 // of a block: four registers beside SIDE make 24 sums
-constexpr int64_t BLOCK_TILES = 16;         // of SIDE keys: the scores of a block stay near the core
-constexpr int64_t SEGMENT_BYTES = 384 << 10;  // of keys and values, repacked at a time
-constexpr int64_t CHUNK_BLOCKS = 16;        // of queries that share them
+constexpr int SIDE = 6;                       // keys, or channels, that meet the same registers: a strip
+constexpr int QUERIES = 64;                   // of a block: its 4 registers times SIDE are 24 registers of sums
+constexpr int64_t BLOCK_STRIPS = 16;          // of keys: the scores of a block are 24 KiB
+constexpr int64_t SEGMENT_BYTES = 384 << 10;  // of the keys and values that are repacked at a time
+constexpr int64_t CHUNK_BLOCKS = 16;          // blocks of queries, at most, that share a repacked segment
 constexpr int NO_MASK = 0, MASK_BY_KEY = 1, MASK_BY_PAIR = 2;
 constexpr float LOG2_E = 1.44269504f, LOWEST = -3.40282347e38f;
 
-// 2^x for x of 0 or less, to 13 bits; exact at 0. NaN stays NaN.
+// 2^x for x <= 0, correct to 13 bits, exact at 0. NaN stays NaN.
 LRQ_INLINE __m512 exp2_of(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-200), x);
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
@@ -31,7 +31,7 @@ LRQ_INLINE __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(y, whole);
 }
 
-// The lanes of two registers as pairs of bfloat16, the first one's below.
+// Pairs of bfloat16: word i has lane i of `low` in its lower half and lane i of `high` in its upper half.
 LRQ_INLINE __m512i to_pairs(__m512 low, __m512 high) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
@@ -39,7 +39,7 @@ LRQ_INLINE __m512i to_pairs(__m512 low, __m512 high) {
     return _mm512_permutexvar_epi16(order, both);
 }
 
-// 16 x 16 words.
+// Transposes 16 x 16 words.
 LRQ_INLINE void transpose(__m512i *v) {
     __m512i pairs[16], fours[16];
     unroll<8>([&](auto i) LRQ_LAMBDA {
@@ -61,22 +61,23 @@ LRQ_INLINE void transpose(__m512i *v) {
     });
 }
 
-// The first `count` words, the rest 0.
+// The mask of the first `count` lanes.
 LRQ_INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (1u << greatest(count, 0)) - 1; }
 
-// What 16 V queries have seen of the keys so far: (1 + 1 + width) V registers. Scores are base 2 logarithms.
+// What 16 V queries have got from the keys so far: the highest score, the sum of the weights and the weighted sum of the
+// values, (1 + 1 + width) V registers. Scores are logarithms to base 2.
 template <int V> struct Seen {
     __m512 *highest, *sum, *out;
 
     explicit Seen(__m512 *memory) : highest(memory), sum(memory + V), out(memory + 2 * V) {}
 };
 
-// The scores of a block of keys and what becomes of them.
+// Makes weights of the scores of a block of keys, one register of pairs at each call of advance().
 template <int V> struct Weights {
     const __m512 *scores;      // (keys, V)
     __m512 subtracted[V], *sum;
     __m512i *weights;          // (keys / 2, V), pairs
-    int64_t done, count;       // registers of weights
+    int64_t done, count;       // registers of weights: those made, and all
 
     LRQ_INLINE void advance() {
         const int64_t v = done % V;
@@ -87,14 +88,15 @@ template <int V> struct Weights {
     }
 };
 
-// Scores of `tiles` times SIDE keys, and the highest of each query. What `before` still has to do is done between.
+// Computes the scores of `strips` strips of keys and raises each query's highest score. Between the products it makes the
+// weights that the block before still lacks.
 template <int V, int MASK>
-LRQ_INLINE void score(const uint8_t *keys, int64_t tiles, int64_t pairs, const __m512i *queries, float scale,
+LRQ_INLINE void score(const uint8_t *keys, int64_t strips, int64_t pairs, const __m512i *queries, float scale,
                       const float *mask, __m512 *scores, __m512 *highest, Weights<V> *before) {
     const __m512 factor = _mm512_set1_ps(scale);
-    for (int64_t tile = 0; tile < tiles; ++tile, keys += SIDE * 4 * pairs, scores += SIDE * V) {
+    for (int64_t strip = 0; strip < strips; ++strip, keys += SIDE * 4 * pairs, scores += SIDE * V) {
         __m512 sums[SIDE][V] = {};
-        const int64_t portions = before ? ceil_div(before->count - before->done, tiles - tile) : 0;
+        const int64_t portions = before ? ceil_div(before->count - before->done, strips - strip) : 0;
         int64_t k = 0;
         for (int64_t i = 0; i < portions; ++i) {
             const int64_t end = pairs * (i + 1) / portions;
@@ -110,9 +112,9 @@ LRQ_INLINE void score(const uint8_t *keys, int64_t tiles, int64_t pairs, const _
                 if constexpr (MASK == NO_MASK)
                     s = sums[r][v] * factor;
                 else if constexpr (MASK == MASK_BY_KEY)
-                    s = _mm512_fmadd_ps(sums[r][v], factor, _mm512_set1_ps(mask[tile * SIDE + r]));
+                    s = _mm512_fmadd_ps(sums[r][v], factor, _mm512_set1_ps(mask[strip * SIDE + r]));
                 else
-                    s = _mm512_fmadd_ps(sums[r][v], factor, _mm512_load_ps(mask + ((tile * SIDE + r) * V + v) * 16));
+                    s = _mm512_fmadd_ps(sums[r][v], factor, _mm512_load_ps(mask + ((strip * SIDE + r) * V + v) * 16));
                 scores[r * V + v] = s;
                 most = _mm512_max_ps(most, s);
             });
@@ -121,7 +123,7 @@ LRQ_INLINE void score(const uint8_t *keys, int64_t tiles, int64_t pairs, const _
     }
 }
 
-// out = out * kept + values x weights, for R channels.
+// out = out * kept + values x weights for R channels; without kept, out = values x weights.
 template <int R, int V>
 LRQ_INLINE void add_values(const uint8_t *values, const __m512i *weights, int64_t pairs, const __m512 *kept, __m512 *out) {
     __m512 sums[R][V];
@@ -134,10 +136,11 @@ LRQ_INLINE void add_values(const uint8_t *values, const __m512i *weights, int64_
     });
 }
 
-// Keys and values of a segment, repacked. keys: (keys, width); values: by SIDE channels, for each pair of keys.
+// A segment of keys and values, repacked. keys: (padded, width). values: strip by strip of channels, pairs of keys
+// (padded / 2, SIDE).
 struct Segment {
     uint8_t *keys, *values;
-    int64_t first, count, padded;  // padded to whole tiles: by the last key again, and by values of 0
+    int64_t first, count, padded;  // keys; padded to whole strips with copies of the last key, and values of 0
 };
 
 inline void pack_segment(const lrq_attention &a, int64_t b, int64_t h, Segment &s) {
@@ -154,7 +157,7 @@ inline void pack_segment(const lrq_attention &a, int64_t b, int64_t h, Segment &
         fetch(key, a.key_stride[2], i);
         __builtin_memcpy(s.keys + i * width * 2, key + at * a.key_stride[2], width * 2);
     }
-    alignas(64) uint32_t row[256 + SIDE];
+    alignas(64) uint32_t row[LRQ_MAX_HEAD_WIDTH + SIDE];
     for (int64_t i = 0; i < s.padded; i += 2) {
         fetch(value, a.value_stride[2], i);
         fetch(value, a.value_stride[2], i + 1);
@@ -177,7 +180,7 @@ inline void pack_segment(const lrq_attention &a, int64_t b, int64_t h, Segment &
     }
 }
 
-// Queries as pairs of channels: (width / 2, V). Lanes without a query repeat the last one.
+// Packs queries as pairs of channels: (width / 2, V) registers. Lanes without a query repeat the last one.
 template <int V>
 inline void pack_queries(const lrq_attention &a, int64_t b, int64_t h, int64_t first, int64_t count, __m512i *packed) {
     const uint16_t *query = a.query + b * a.query_stride[0] + h * a.query_stride[1];
@@ -194,7 +197,7 @@ inline void pack_queries(const lrq_attention &a, int64_t b, int64_t h, int64_t f
         }
 }
 
-// The first `count` entries of the mask as logarithms of base 2, then -inf.
+// The first `count` entries of the mask as logarithms to base 2; -inf in the lanes behind them.
 LRQ_INLINE __m512 load_mask(const lrq_attention &a, int64_t at, int64_t count) {
     const __mmask16 lanes = first_lanes(count);
     __m512 x;
@@ -204,14 +207,14 @@ LRQ_INLINE __m512 load_mask(const lrq_attention &a, int64_t at, int64_t count) {
         const uint16_t *bits = static_cast<const uint16_t *>(a.mask) + at;
         x = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, bits)), 16);
     }
-    // the lowest numbers stay numbers: a row of them has a softmax, one of -inf has none
+    // finite entries stay finite: a row of the lowest numbers has a softmax, a row of -inf has none
     const __mmask16 is_number = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
     x = x * _mm512_set1_ps(LOG2_E);
     x = _mm512_mask_max_ps(x, is_number, _mm512_set1_ps(LOWEST), x);
     return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), lanes, x);
 }
 
-// The mask of `keys` keys from `key`, as logarithms of base 2: (keys) or (keys, 16 V).
+// Packs the mask of `keys` keys from `key` as logarithms to base 2: (keys) or (keys, 16 V).
 template <int V, int MASK>
 inline void pack_mask(const lrq_attention &a, int64_t b, int64_t h, int64_t first, int64_t count, int64_t key,
                       int64_t keys, float *packed) {
@@ -241,7 +244,7 @@ inline void finish_queries(const lrq_attention &a, int64_t b, int64_t h, int64_t
     uint16_t *out = a.out + b * a.out_stride[0] + h * a.out_stride[1];
     float *logsumexp = a.logsumexp + b * a.logsumexp_stride[0] + h * a.logsumexp_stride[1];
     for (int64_t v = 0; v < V; ++v) {
-        // a query without keys, all of them masked: 0, as torch has it
+        // a query whose keys are all masked gets 0, as in torch
         const __mmask16 is_seen = _mm512_cmp_ps_mask(seen.highest[v], nothing, _CMP_NEQ_UQ);
         const __m512 factor = _mm512_maskz_div_ps(is_seen, _mm512_set1_ps(1), seen.sum[v]);
         alignas(64) float highest[16], sum[16];
@@ -265,13 +268,14 @@ inline void finish_queries(const lrq_attention &a, int64_t b, int64_t h, int64_t
     }
 }
 
-// Up to 16 V queries and the keys of a segment.
+// Computes the attention of `count` queries from `first`, up to 16 V, to the keys of a segment, on top of what they have
+// seen.
 template <int V, int MASK>
 inline void attend_block(const lrq_attention &a, int64_t b, int64_t h, int64_t first, int64_t count, const Segment &s,
                          uint8_t *memory, Seen<V> seen) {
-    constexpr int64_t most_keys = BLOCK_TILES * SIDE;
-    const int64_t pairs = a.width / 2, tiles = s.padded / SIDE, blocks = ceil_div(tiles, BLOCK_TILES);
-    __m512 *scores = reinterpret_cast<__m512 *>(memory);  // of two blocks in turn
+    constexpr int64_t most_keys = BLOCK_STRIPS * SIDE;
+    const int64_t pairs = a.width / 2, strips = s.padded / SIDE, blocks = ceil_div(strips, BLOCK_STRIPS);
+    __m512 *scores = reinterpret_cast<__m512 *>(memory);  // of two blocks, in turns
     __m512i *weights = reinterpret_cast<__m512i *>(scores + 2 * most_keys * V);
     __m512i *queries = weights + most_keys / 2 * V;
     float *mask = reinterpret_cast<float *>(queries + pairs * V);
@@ -284,7 +288,7 @@ inline void attend_block(const lrq_attention &a, int64_t b, int64_t h, int64_t f
     unroll<V>([&](auto v) LRQ_LAMBDA { highest[v] = seen.highest[v]; });
 
     const auto score_block = [&](int64_t block, Weights<V> *before) LRQ_LAMBDA {
-        const int64_t from = block * tiles / blocks * SIDE, to = (block + 1) * tiles / blocks * SIDE;
+        const int64_t from = block * strips / blocks * SIDE, to = (block + 1) * strips / blocks * SIDE;
         __m512 *block_scores = scores + block % 2 * most_keys * V;
         if constexpr (MASK != NO_MASK) pack_mask<V, MASK>(a, b, h, first, count, s.first + from, to - from, mask);
         score<V, MASK>(s.keys + from * pairs * 4, (to - from) / SIDE, pairs, queries, scale, mask, block_scores, highest,
@@ -294,11 +298,11 @@ inline void attend_block(const lrq_attention &a, int64_t b, int64_t h, int64_t f
     };
     score_block(0, nullptr);
     for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t from = block * tiles / blocks * SIDE, keys = (block + 1) * tiles / blocks * SIDE - from;
+        const int64_t from = block * strips / blocks * SIDE, keys = (block + 1) * strips / blocks * SIDE - from;
         now.scores = scores + block % 2 * most_keys * V, now.weights = weights, now.sum = seen.sum;
         now.done = 0, now.count = keys / 2 * V;
         unroll<V>([&](auto v) LRQ_LAMBDA {
-            // where all keys are masked so far, what is subtracted from -inf must be a number
+            // where all keys so far are masked the highest score is -inf, and -inf less -inf would be NaN
             const __mmask16 is_seen = _mm512_cmp_ps_mask(highest[v], _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
             now.subtracted[v] = _mm512_maskz_mov_ps(is_seen, highest[v]);
             kept[v] = exp2_of(seen.highest[v] - now.subtracted[v]);
@@ -328,7 +332,7 @@ inline void attend_all(const lrq_attention &a, int threads) {
     const int64_t chunk = ceil_div(blocks, chunks);
     const int64_t segments = ceil_div(a.keys, SEGMENT_BYTES / (4 * a.width));
     const int64_t segment_keys = round_up(ceil_div(a.keys, segments), SIDE);
-    constexpr int64_t most_keys = BLOCK_TILES * SIDE;
+    constexpr int64_t most_keys = BLOCK_STRIPS * SIDE;
     const int64_t block_bytes = QUERIES * (most_keys * (4 + 4 + 2 + 4) + a.width * 2);
     const int64_t seen_registers = (2 + a.width) * (QUERIES / 16);
     parallel_for(threads, heads * chunks, [&](int64_t task) {
@@ -370,11 +374,11 @@ inline void attend_all(const lrq_attention &a, int threads) {
 }
 constexpr auto attend = &attend_all;
 
-// Products of pairs on registers alone; returns the number of operations. What the hardware can do at most.
+// Repeats products of pairs on registers alone, the most the hardware can do; returns the number of operations.
 inline int64_t repeat_all_pairs(int64_t iterations) {
     __m512 sums[SIDE][4];
     unroll<SIDE>([&](auto r) LRQ_LAMBDA {
-        unroll<4>([&](auto v) LRQ_LAMBDA { sums[r][v] = _mm512_set1_ps(4 * r + v); });  // none is another's copy
+        unroll<4>([&](auto v) LRQ_LAMBDA { sums[r][v] = _mm512_set1_ps(4 * r + v); });  // all different
     });
     const __m512i a = _mm512_setzero_si512();
     for (int64_t i = 0; i < iterations; ++i)

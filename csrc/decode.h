@@ -1,5 +1,5 @@
-// From packed tiles (16 output channels x 16 inputs) to int8 weights. See lrqdit/packing.py for the layout: in a tile
-// channel n = 4 j + p (lane j, position p), and a 128-bit lane holds 16 inputs of one channel.
+// Decodes packed tiles (16 output channels x 16 inputs) to int8 weights. packing.py describes the layout: channel
+// n = 4 j + p of a tile has lane j and position p, and a lane of 128 bits holds 16 inputs of one channel.
 #pragma once
 
 #include "dot.h"
@@ -22,14 +22,16 @@ LRQ_INLINE u8x16 look_up(u8x16 table, u8x16 index) {
 
 LRQ_INLINE i8x16 look_up(u8x16 table, i8x16 index) { return (i8x16)look_up(table, (u8x16)index); }
 
-// A code's bits in the planes of 64 bytes that a tile begins with; the others lie behind these.
+// A tile begins with PLANES planes of 64 bytes, which hold the LOW lowest bits of each code. The higher bits follow.
 template <int BITS> constexpr int LOW = BITS == 3 ? 2 : BITS == 5 || BITS == 6 ? 4 : BITS;
 template <int BITS> constexpr int PLANES = LOW<BITS> / 2;
-// A channel's table has 2^CHOICES parts of 16 levels; beside the bits above 4, a trellis chooses between even and odd levels.
+// A lookup tells 16 levels apart, so a channel's table is cut into 2^CHOICES parts. The code's bits above the fourth choose
+// among them; with a trellis, the parity chooses between even and odd levels.
 template <int BITS, bool TRELLIS> constexpr int CHOICES = (BITS < 8 && BITS > 4 ? BITS - 4 : 0) + TRELLIS;
 
-// The tables of one output tile, at parts[part][64 p + 16 j + level]; of a trellis the parts of the even levels, then those
-// of the odd ones. `flip` is added to every level (0 or 128, modulo 256). Nothing at 8 bits.
+// The tables of one output tile: parts[part][64 p + 16 j + i] is level i of a part, for channel 4 j + p. With a trellis the
+// parts of the even levels come first, then those of the odd ones. load_tables adds `flip` (0 or 128) to every level,
+// modulo 256. At 8 bits there are no tables.
 struct Tables {
     alignas(64) uint8_t parts[4][256];
 };
@@ -51,7 +53,7 @@ inline void load_tables(const lrq_weight &w, int64_t tile, uint8_t flip, Tables 
     }
 }
 
-// body(bits, whether there is a trellis), both known at compile time
+// Calls body(bits, is_trellis) with both as compile-time constants.
 template <class Body> LRQ_INLINE void with_coding(const lrq_weight &w, Body &&body) {
     using Yes = std::true_type;
     using No = std::false_type;
@@ -65,9 +67,10 @@ template <class Body> LRQ_INLINE void with_coding(const lrq_weight &w, Body &&bo
     }
 }
 
-// What a trellis makes of the planes x of some lanes, given those of one lane and of two lanes before, y and z: the codes'
-// lowest bits are replaced by those of the level's place, and the lowest bits of `parity`, at the codes' places, tell odd
-// from even levels. A channel's lowest bit lies at bit 4 (p & 1) of plane p / 2, or at bit 2 p of the only plane.
+// Applies the trellis to the planes x of some lanes; y and z are the planes one lane and two lanes before. It replaces the
+// lowest bit of each code by that of the level's place, its index in the table, and sets the same bit of `parity` to 1
+// where the level is an odd one (other bits of `parity` are undefined). Position p's lowest bit is bit 4 (p & 1) of plane p
+// / 2, or bit 2 p of the only plane.
 template <int BITS, class V> LRQ_INLINE void follow_path(V *x, const V *y, const V *z, V *parity) {
     if constexpr (LOW<BITS> == 4) {
         parity[0] = y[0] ^ y[1], parity[1] = x[0] ^ y[1];
@@ -79,7 +82,7 @@ template <int BITS, class V> LRQ_INLINE void follow_path(V *x, const V *y, const
     }
 }
 
-// The codes of position p from a tile's planes, without the bits behind them.
+// The codes of position p, as far as a tile's planes hold them.
 template <int BITS, class V> LRQ_INLINE V unpack(const V *planes, int p) {
     if constexpr (BITS == 8)
         return planes[p];
@@ -89,7 +92,7 @@ template <int BITS, class V> LRQ_INLINE V unpack(const V *planes, int p) {
         return planes[0] >> (2 * p) & 3;
 }
 
-// Bit `bit` of those behind the planes, for lane j of position p, as masks.
+// A mask for each code of lane j and position p: bytes of ones where bit `bit` of those that follow the planes is 1.
 template <int BITS> LRQ_INLINE u8x16 high_bits(const uint8_t *tile, int j, int p, int bit) {
     const uint8_t *behind = tile + 64 * PLANES<BITS>;
     if constexpr (BITS == 6) return (u8x16)((load<u8x16>(behind + 16 * j) >> (2 * p + bit) & 1) != 0);
@@ -101,12 +104,13 @@ template <int BITS> LRQ_INLINE u8x16 high_bits(const uint8_t *tile, int j, int p
 
 LRQ_INLINE u8x16 select(u8x16 mask, u8x16 a, u8x16 b) { return (a & mask) | (b & ~mask); }
 
-// A tile's weights by channel, as bytes. before: the tile of the 16 channels before, or nullptr; used by a trellis alone.
+// Decodes a tile: out[n] becomes the 16 weights of channel n, as bytes. before: the tile of the preceding 16 channels,
+// which only a trellis reads; nullptr in front of channel 0.
 template <int BITS, bool TRELLIS>
 LRQ_INLINE void decode_channels(const uint8_t *tile, const uint8_t *before, const Tables &tables, uint8_t flip,
                                 u8x16 *out) {
     constexpr int planes = PLANES<BITS>;
-    u8x16 lanes[6][planes] = {};  // two of the tile before, then the tile's
+    u8x16 lanes[6][planes] = {};  // two lanes of the preceding tile, then four of this one
     for (int j = before ? -2 : 0; j < 4; ++j)
         for (int v = 0; v < planes; ++v) lanes[j + 2][v] = load<u8x16>((j < 0 ? before + 64 : tile) + 64 * v + 16 * j);
     for (int j = 0; j < 4; ++j) {
@@ -139,7 +143,7 @@ LRQ_INLINE void decode_channels(const uint8_t *tile, const uint8_t *before, cons
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 typedef __m512i WideTables[16];  // from gather_tables
 
-// high_bits for all four lanes at once.
+// high_bits of all four lanes.
 template <int BITS> LRQ_INLINE __mmask64 high_mask(const uint8_t *tile, int p, int bit) {
     const uint8_t *behind = tile + 64 * PLANES<BITS>;
     if constexpr (BITS == 6)
@@ -148,14 +152,15 @@ template <int BITS> LRQ_INLINE __mmask64 high_mask(const uint8_t *tile, int p, i
 }
 
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
-// A path by linear maps of bits: bit i of the result is the sum modulo 2 of the source's bits rows[i].
+// A matrix of bits as GFNI takes it: bit i of the product is the sum modulo 2 of those bits of a byte that rows[i] has.
 constexpr int64_t bit_matrix(const uint8_t (&rows)[8]) {
     uint64_t matrix = 0;
     for (int i = 0; i < 8; ++i) matrix |= static_cast<uint64_t>(rows[i]) << (8 * (7 - i));
     return static_cast<int64_t>(matrix);
 }
 
-// What the bytes of one lane, of the lane before and of the one before that give together.
+// The sum modulo 2 of three products of such matrices: with the bytes of a lane, x, of the lane before it, y, and of the
+// one before that, z.
 LRQ_INLINE __m512i map_bits(__m512i x, __m512i y, __m512i z, const uint8_t (&own)[8], const uint8_t (&one_before)[8],
                             const uint8_t (&two_before)[8]) {
     const __m512i a = _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(bit_matrix(own)), 0);
@@ -164,7 +169,8 @@ LRQ_INLINE __m512i map_bits(__m512i x, __m512i y, __m512i z, const uint8_t (&own
     return _mm512_ternarylogic_epi64(a, b, c, 0x96);
 }
 
-// The lowest bits of a tile's codes, position p's at bit 4 (p & 1) + p / 2, other bits undefined; or 2 and 3 bits' codes.
+// At 4 and 5 bits the lowest bits of a tile's codes, position p's as bit 4 (p & 1) + p / 2, with other bits undefined; at 2
+// and 3 bits the only plane.
 template <int BITS> LRQ_INLINE __m512i gather_lowest(const uint8_t *tile) {
     const __m512i first = _mm512_loadu_si512(tile);
     if constexpr (LOW<BITS> != 4) return first;
@@ -172,12 +178,13 @@ template <int BITS> LRQ_INLINE __m512i gather_lowest(const uint8_t *tile) {
     return _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x22), second, first, 0xca);
 }
 
-// A level's place in a table of 64 is a byte's lower six bits. 4 and 5 bits: positions 0 and 1 have their code's lowest bit and
-// the parity at bits 0 and 4 and its next three between them, positions 2 and 3 all of that one bit higher. 2 and 3
-// bits: even positions have the code's second bit, its lowest and the parity at bits 0, 1 and 2, odd ones three bits
-// higher. Third and fifth bits choose between two tables. The bits between are anything.
+// decode_path looks levels up in tables of 64 by the lower six bits of a byte. At 4 and 5 bits, positions 0 and 1 have the
+// four lowest bits of the level's place in bits 0 to 3 and the parity in bit 4, positions 2 and 3 all of them one bit
+// higher. At 2 and 3 bits, even positions have the place's second bit, its lowest bit and the parity in bits 0, 1 and 2,
+// odd positions three bits higher. The third of 3 bits, or the fifth of 5, chooses between two tables. The remaining bits
+// are undefined, so each level stands wherever the others select it.
 struct PathTables {
-    uint8_t from[4][64] = {};  // in all parts of the levels
+    uint8_t from[4][64] = {};  // the index of each entry's level in the concatenated parts
 };
 
 template <int BITS> constexpr PathTables arrange_path_tables() {
@@ -205,10 +212,11 @@ LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __
     const __m512i x = gather_lowest<BITS>(tile);
     const __m512i last = before ? gather_lowest<BITS>(before) : _mm512_setzero_si512();
     const __m512i y = _mm512_alignr_epi64(x, last, 6), z = _mm512_alignr_epi64(x, last, 4);
-    // a level's lowest bit is that of codes n, n - 1 and n - 6, its parity that of codes n - 2 and n - 4
+    // the lowest bit of channel n's place is the sum modulo 2 of the lowest bits of codes n, n - 1 and n - 6, its parity
+    // that of codes n - 2 and n - 4
     if constexpr (LOW<BITS> == 4) {
         constexpr uint8_t p0 = 1, p1 = 16, p2 = 2, p3 = 32;
-        // lowest bits of positions 0, 2, 1, 3, then the parities
+        // the results' bits: the lowest bits of positions 0, 2, 1 and 3, then their parities
         constexpr uint8_t own[8] = {p0, p2 | p1, p1 | p0, p3 | p2, 0, p0, 0, p1};
         constexpr uint8_t one_before[8] = {p3, p0, 0, p1, p2 | p0, p2, p3 | p1, p3};
         constexpr uint8_t two_before[8] = {p2, 0, p3, 0, 0, 0, 0, 0};
@@ -246,8 +254,7 @@ LRQ_INLINE void decode_path(const uint8_t *tile, const uint8_t *before, const __
 }
 #endif
 
-// The same for all four lanes at once: out[p] is position p, 4 channels x 16 inputs. At 8 bits the codes are
-// the weights.
+// Decodes all four lanes of a tile: out[p] becomes position p, 4 channels x 16 inputs. At 8 bits these are the codes.
 template <int BITS, bool TRELLIS>
 LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, const WideTables &tables, __m512i *out) {
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
@@ -294,7 +301,7 @@ LRQ_INLINE void decode_positions(const uint8_t *tile, const uint8_t *before, con
     });
 }
 
-// Of the four positions, part by part; of a trellis one for all.
+// Loads the tables for decode_positions: part by part those of the four positions, or with a trellis one for all positions.
 template <int BITS, bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &tables, WideTables &out) {
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
     if constexpr (TRELLIS) return gather_path_tables<BITS>(tables, out);
@@ -305,7 +312,8 @@ template <int BITS, bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &ta
 }
 #endif
 
-// Output tile `tile`, input tiles [from, to), into a panel of `vectors` vectors per step, starting at vector `first`.
+// Decodes input tiles [from, to) of output tile `tile` into a panel of `vectors` vectors a step, beginning at vector
+// `first`.
 template <int BITS, bool TRELLIS>
 inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_t to, uint8_t *panel, int64_t vectors,
                          int64_t first) {
@@ -364,7 +372,8 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
     }
 }
 
-// The levels of one tile of channels as int8, in the order of 8-bit codes: byte 64 p + 16 j + k of an input tile.
+// Decodes the levels of one output tile as int8: those of an input tile are 256 bytes, input k of channel 4 j + p is byte
+// 64 p + 16 j + k.
 class LevelDecoder {
   public:
     LevelDecoder(const lrq_weight &w, int64_t tile) : weight(w), tile(tile) {
@@ -374,7 +383,7 @@ class LevelDecoder {
 #endif
     }
 
-    // input tiles [from, to)
+    // Decodes input tiles [from, to).
     void operator()(int64_t from, int64_t to, uint8_t *out) const {
         with_coding(weight, [&](auto bits, auto is_trellis) {
             constexpr int64_t tile_bytes = 32 * bits;

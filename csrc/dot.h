@@ -1,8 +1,8 @@
-// The integer dot product of one instruction set: LANES output channels at once, STEP inputs each.
+// The integer dot product of one instruction set: LANES output channels at once, STEP inputs of each.
 //
-// Panel: the weights of LANES channels, STEP inputs of a channel together, ELEMENT bytes each. IS_BIASED: weights are
-// stored plus 128 as unsigned bytes, because the instruction multiplies unsigned by signed; the excess, 128 times the
-// sum of the token's codes, starts the accumulator with the opposite sign.
+// A panel holds, step by step, the weights of its channels: STEP inputs of a channel side by side, ELEMENT bytes each.
+// IS_BIASED: the instruction multiplies unsigned by signed bytes, so the panel stores weights plus 128. That adds 128 times
+// the sum of a token's codes to each of its sums, so these start at minus that number.
 #pragma once
 
 #include "vectors.h"
@@ -10,12 +10,13 @@
 namespace lrq {
 namespace LRQ_ISA {
 
-// TOKENS x TILES (of 16 channels): the register block.
+// BLOCK_TOKENS x BLOCK_TILES (of 16 channels): the block whose sums the registers hold. GROUP_BYTES: of the panels that a
+// thread keeps in its second cache.
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
 typedef __m512i Sums;
-constexpr int LANES = 16, STEP = 4, ELEMENT = 1, TOKENS = 8, TILES = 3;
+constexpr int LANES = 16, STEP = 4, ELEMENT = 1, BLOCK_TOKENS = 8, BLOCK_TILES = 3;
 constexpr bool IS_BIASED = true;
-constexpr int64_t PANEL_BYTES = 448 << 10;
+constexpr int64_t GROUP_BYTES = 448 << 10;
 LRQ_INLINE Sums splat_sums(int32_t x) { return _mm512_set1_epi32(x); }
 LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
     // not the intrinsic: around it GCC 12 copies and spills the accumulators
@@ -24,9 +25,9 @@ LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
 }
 #elif defined(__AVXVNNI__) || defined(__AVX512VNNI__)
 typedef __m256i Sums;
-constexpr int LANES = 8, STEP = 4, ELEMENT = 1, TOKENS = 6, TILES = 1;
+constexpr int LANES = 8, STEP = 4, ELEMENT = 1, BLOCK_TOKENS = 6, BLOCK_TILES = 1;
 constexpr bool IS_BIASED = true;
-constexpr int64_t PANEL_BYTES = 256 << 10;
+constexpr int64_t GROUP_BYTES = 256 << 10;
 LRQ_INLINE Sums splat_sums(int32_t x) { return _mm256_set1_epi32(x); }
 LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(weights));
@@ -39,9 +40,9 @@ LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
 #elif defined(__AVX2__)
 // vpmaddubsw saturates, so both sides are widened to int16.
 typedef __m256i Sums;
-constexpr int LANES = 8, STEP = 2, ELEMENT = 2, TOKENS = 6, TILES = 1;
+constexpr int LANES = 8, STEP = 2, ELEMENT = 2, BLOCK_TOKENS = 6, BLOCK_TILES = 1;
 constexpr bool IS_BIASED = false;
-constexpr int64_t PANEL_BYTES = 192 << 10;
+constexpr int64_t GROUP_BYTES = 192 << 10;
 LRQ_INLINE Sums splat_sums(int32_t x) { return _mm256_set1_epi32(x); }
 LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(weights));
@@ -49,9 +50,9 @@ LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
 typedef int32x4_t Sums;
-constexpr int LANES = 4, STEP = 4, ELEMENT = 1, TOKENS = 6, TILES = 1;
+constexpr int LANES = 4, STEP = 4, ELEMENT = 1, BLOCK_TOKENS = 6, BLOCK_TILES = 1;
 constexpr bool IS_BIASED = false;
-constexpr int64_t PANEL_BYTES = 192 << 10;
+constexpr int64_t GROUP_BYTES = 192 << 10;
 LRQ_INLINE Sums splat_sums(int32_t x) { return vdupq_n_s32(x); }
 LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
     return vdotq_s32(sums, vld1q_s8(reinterpret_cast<const int8_t *>(weights)), vreinterpretq_s8_s32(vdupq_n_s32(tokens)));
@@ -60,9 +61,9 @@ LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
 struct Sums {
     int32_t sum[4];
 };
-constexpr int LANES = 4, STEP = 4, ELEMENT = 1, TOKENS = 2, TILES = 1;
+constexpr int LANES = 4, STEP = 4, ELEMENT = 1, BLOCK_TOKENS = 2, BLOCK_TILES = 1;
 constexpr bool IS_BIASED = false;
-constexpr int64_t PANEL_BYTES = 192 << 10;
+constexpr int64_t GROUP_BYTES = 192 << 10;
 LRQ_INLINE Sums splat_sums(int32_t x) { return {{x, x, x, x}}; }
 LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
     int8_t q[4];
@@ -73,7 +74,8 @@ LRQ_INLINE Sums dot(Sums sums, const uint8_t *weights, int32_t tokens) {
     return sums;
 }
 #endif
-constexpr int VECTORS = TILES * 16 / LANES;
+constexpr int64_t BLOCK_CHANNELS = 16 * BLOCK_TILES;
+constexpr int BLOCK_VECTORS = BLOCK_CHANNELS / LANES;
 
 }  // namespace LRQ_ISA
 }  // namespace lrq

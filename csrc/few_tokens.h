@@ -1,4 +1,4 @@
-// y = codes x weights for a few tokens, each weight decoded where it is multiplied: no panel.
+// y = codes x weights for up to four tokens. Each weight is decoded into the register that multiplies it, without a panel.
 #pragma once
 
 #include "product.h"
@@ -7,14 +7,16 @@ namespace lrq {
 namespace LRQ_ISA {
 
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
-// Tiles of channels side by side: as many streams from memory, and a trellis finds the tile before in registers.
+// Output tiles that are multiplied side by side: as many streams from memory; and with a trellis, the codes that a tile
+// needs of the one before it are loaded already.
 template <int ROWS> constexpr int GROUP = ROWS == 1 ? 3 : ROWS == 2 ? 2 : 1;
 
 LRQ_INLINE void add_products(__m512i &sums, __m512i weights, __m512i tokens) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(tokens));  // as in dot()
 }
 
-// A lane keeps 16 inputs of one channel; its four words are added at the end. Inlined, GCC 12 spills the sums.
+// Multiplies ROWS tokens by the output tiles from `tile` on. A lane of 128 bits sums the products of one channel in four
+// words, which are added at the end. GCC 12 spills the sums where it inlines this.
 template <int ROWS, int TILES_AT_ONCE, int BITS, bool TRELLIS>
 __attribute__((noinline)) void multiply_few(const lrq_weight &w, int64_t tile, const WideTables *tables,
                                             const int8_t *codes, int64_t stride, const int32_t *starts,
@@ -58,9 +60,10 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
     for (int64_t m = 0; m < ROWS; ++m) {
         __builtin_memset(padded + m * stride + stride - 16, 0, 16);
         __builtin_memcpy(padded + m * stride, codes + m * width, width);
-        starts[m] = -128 * sum_codes(codes + m * width, width);
+        starts[m] = start_of(codes + m * width, width);
     }
     const Outlet outlet(principal ? *principal : lrq_principal{});
+    const Outputs outputs{w, scale, principal ? &outlet : nullptr, out_type, out};
     constexpr int64_t group = GROUP<ROWS>;
     const int64_t per_task = round_up(ceil_div(out_tiles, 8 * threads), group);
     parallel_for(threads, ceil_div(out_tiles, per_task), [&](int64_t task) {
@@ -88,14 +91,13 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
                     outlet.pack(w, tile + g, packed);
                     outlet.multiply(packed, 1, 0, ROWS, added[0]);
                 }
-                finish_channels(w, sums[g][0], 16, principal ? added[0] : nullptr, scale, 0, ROWS, 16 * (tile + g),
-                                out_type, out);
+                finish_channels(outputs, sums[g][0], 16, principal ? added[0] : nullptr, 0, ROWS, 16 * (tile + g));
             }
         }
     });
 }
 
-// Whether there were few enough.
+// Computes the product if there are few enough tokens, and returns whether it did.
 inline bool quantized_linear_few(const lrq_weight &w, int64_t rows, const int8_t *codes, const float *scale,
                                  const lrq_principal *principal, int out_type, int threads, void *out) {
     switch (rows) {
@@ -123,7 +125,7 @@ inline void quantized_linear(const lrq_weight &w, int64_t rows, const int8_t *co
         quantized_linear_panels(w, rows, codes, scale, nullptr, principal, out_type, threads, out);
 }
 
-// quantize_tokens and quantized_linear in one: tokens are rounded next to the product that reads them first.
+// quantize_tokens and quantized_linear in one pass: a thread rounds tokens just before the product that reads them first.
 inline void linear(const lrq_transform &t, int bits, double clip, const int8_t *lookup, const lrq_weight &w,
                    const lrq_principal *principal, int out_type, int threads, int8_t *codes, float *scale, void *out) {
     if (t.rows <= FEW) {

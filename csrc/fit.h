@@ -1,5 +1,5 @@
-// Fitting levels: statistics and histograms of rows, the search for a row's scale, codes, and their packing. All of it is
-// codebook.py and packing.py once more: the same operations in the same order, so the same bits.
+// Fits levels to a weight: measures its rows, counts their histograms, searches for each row's scale, encodes and packs.
+// codebook.py and packing.py have the same operations in the same order, so the results have the same bits.
 #pragma once
 
 #include "kernels.h"
@@ -16,14 +16,14 @@ typedef int64_t i64x8 __attribute__((vector_size(64)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint64_t u64x2 __attribute__((vector_size(16)));
 
-// As in codebook.py.
-constexpr int64_t BINS = 1024, QUARTER = BINS / 2;
-constexpr int64_t COARSE = 25, MIDDLE = 5, MARGIN = COARSE + MIDDLE;
-constexpr int64_t POLISHES = 1, SLOTS = 512;
+constexpr int64_t BINS = LRQ_BINS, QUARTER = BINS / 2;
+constexpr int64_t COARSE = LRQ_COARSE, MIDDLE = LRQ_MIDDLE, MARGIN = COARSE + MIDDLE;
+constexpr int64_t POLISHES = LRQ_POLISHES, SLOTS = LRQ_SLOTS;
 
 LRQ_INLINE f32x16 splat16(float x) { return x - f32x16{}; }
 
-// body(k, values, count) for 16 entries of a row at a time; the last may be fewer, with zeros behind them.
+// Calls body(k, values, count) for every 16 entries of a row, from entry k; the last call may have fewer, followed by
+// zeros.
 template <class Body> LRQ_INLINE void for_sixteens(const float *row, int64_t columns, Body &&body) {
     int64_t k = 0;
     for (; k + 16 <= columns; k += 16) body(k, row + k, std::integral_constant<int, 16>{});
@@ -55,7 +55,7 @@ template <int SECOND> LRQ_INLINE f32x8 half(f32x16 v) {
 
 LRQ_INLINE f64x8 magnitude(f64x8 v) { return (f64x8)((i64x8)v & 0x7fffffffffffffff); }
 
-// 16 lanes, the last ones first onto the others, until one is left.
+// The sum of 16 lanes: the upper half is added to the lower half, until one lane is left.
 LRQ_INLINE double sum_lanes(f64x8 low, f64x8 high) {
     double lanes[8];
     store(lanes, low + high);
@@ -65,8 +65,8 @@ LRQ_INLINE double sum_lanes(f64x8 low, f64x8 high) {
 }
 
 struct RowStatistics {
-    double root_mean_square, inverse;  // the inverse of 0 is 1
-    double lowest, highest;            // of the row and 0, in units of the root mean square
+    double root_mean_square, inverse;  // inverse: 1 / root_mean_square, or 1 if that is 0
+    double lowest, highest;            // of the row's entries and 0, in units of the root mean square
 };
 
 inline RowStatistics measure_row(const float *row, int64_t columns) {
@@ -93,13 +93,14 @@ inline RowStatistics measure_row(const float *row, int64_t columns) {
     return s;
 }
 
-// Adds (mass, moment) of each entry, its importance times `energy`, to its bin.
+// Adds each entry's mass (its importance times `energy`) and moment (mass times the entry in units of the root mean square)
+// to its bin.
 inline void count_row(const float *row, const lrq_matrix &m, double inverse, double energy, f64x2 *bins) {
-    constexpr int64_t CHUNK = 256;  // bins are found for many entries at once, so that divisions overlap with additions
-    double mass[CHUNK], moment[CHUNK];
-    int32_t index[CHUNK];
-    for (int64_t first = 0; first < m.columns; first += CHUNK) {
-        const int64_t size = least(CHUNK, m.columns - first);
+    constexpr int64_t ENTRIES = 256;  // whose bins are found at once, so that divisions overlap with additions
+    double mass[ENTRIES], moment[ENTRIES];
+    int32_t index[ENTRIES];
+    for (int64_t first = 0; first < m.columns; first += ENTRIES) {
+        const int64_t size = least(ENTRIES, m.columns - first);
         for_sixteens(row + first, size, [&](int64_t k, const float *values, auto count) LRQ_LAMBDA {
             unroll<2>([&](auto i) LRQ_LAMBDA {
                 const f64x8 units = widen(values + 8 * i) * inverse;
@@ -163,7 +164,7 @@ inline void count_rows(const lrq_matrix &m, int threads, double *root_mean_squar
     });
 }
 
-// Entry b becomes the sum of all up to it: each quarter by itself, then the quarters before it.
+// Makes entry b the sum of the entries 0 ... b: first within its quarter, then with the sums of the quarters before it.
 inline void accumulate(f64x2 *bins) {
     f64x2 sums[4] = {};
     for (int64_t b = 0; b < QUARTER; ++b)
@@ -190,6 +191,7 @@ LRQ_INLINE f32x16 pick(f32x16 table, i32x16 index) {
 #endif
 }
 
+// floor(2 v) + SLOTS / 2, kept within 0 ... SLOTS - 1.
 template <class V> LRQ_INLINE void find_slots(V v, int32_t *slots) {
     const V low = -SLOTS / 2 - V{}, high = SLOTS / 2 - 1 - V{};
     v = v * 2;
@@ -198,16 +200,16 @@ template <class V> LRQ_INLINE void find_slots(V v, int32_t *slots) {
     store(slots, whole + (__builtin_convertvector(whole, V) > v) + SLOTS / 2);  // a true comparison is -1
 }
 
-// Up to 16 ascending levels.
+// Finds the nearest of up to 16 ascending levels.
 template <int BITS> struct FewLevels {
-    f32x16 values, thresholds;  // threshold i, of i > 0, divides the levels i - 1 and i
+    f32x16 values, thresholds;  // thresholds[i], for i > 0, is the midpoint of the levels i - 1 and i
 
     explicit FewLevels(const int8_t *table) : values{}, thresholds{} {
         for (int i = 0; i < 1 << BITS; ++i) values[i] = table[i];
         for (int i = 1; i < 1 << BITS; ++i) thresholds[i] = 0.5f * static_cast<float>(table[i] + table[i - 1]);
     }
 
-    // The number of thresholds not above v.
+    // The codes of v, the number of thresholds that are not above it.
     LRQ_INLINE i32x16 find(f32x16 v) const {
         i32x16 codes = {};
 #if defined(__AVX512F__)
@@ -224,7 +226,7 @@ template <int BITS> struct FewLevels {
     LRQ_INLINE f32x16 nearest(f32x16 v) const { return pick(values, find(v)); }
 };
 
-// More of them, found by the value of floor(2 v) + SLOTS / 2. Of 256 levels, -128 is never used.
+// Finds the nearest of more levels by the slot, floor(2 v) + SLOTS / 2. Of 256 levels, -128 is never used.
 template <int BITS> struct ManyLevels {
     uint8_t codes[SLOTS];
     float values[SLOTS];
@@ -258,7 +260,7 @@ template <int BITS> struct ManyLevels {
 
 template <int BITS> using Levels = std::conditional_t<BITS <= 4, FewLevels<BITS>, ManyLevels<BITS>>;
 
-// body(bits as a compile-time constant)
+// Calls body(bits) with bits as a compile-time constant.
 template <class Body> LRQ_INLINE void with_bits(int bits, Body &&body) {
     switch (bits) {
         case 2: return body(std::integral_constant<int, 2>{});
@@ -270,14 +272,14 @@ template <class Body> LRQ_INLINE void with_bits(int bits, Body &&body) {
     }
 }
 
-// What the error of a row's levels is made of: E = scale (scale square - 2 product).
+// The sums that give a row's error, up to a constant: E = scale (scale square - 2 product).
 struct Moments {
     double square, product;
 
     double error(double scale) const { return scale * (scale * square - 2 * product); }
 };
 
-// Σ d t^2 and Σ d t w of the nearest levels.
+// Sums d t^2 and d t w over a row, where d is an entry's importance and t the level nearest to w / scale.
 template <int BITS>
 Moments measure_codes(const float *row, const lrq_matrix &m, const Levels<BITS> &levels, float scale) {
     const f32x16 divisor = splat16(scale == 0 ? 1 : scale);
@@ -301,14 +303,15 @@ Moments measure_codes(const float *row, const lrq_matrix &m, const Levels<BITS> 
     return {sum_lanes(squares[0], squares[1]), sum_lanes(products[0], products[1])};
 }
 
-// A table's part in the search for scales.
+// What the search for scales needs of a table.
 struct Ladder {
-    int count, padded;      // midpoints; to whole registers
-    double top, base;       // base: the scale of grid entry 1
+    int count, padded;      // midpoints between neighbouring levels; the same rounded up to whole registers
+    double top, base;       // the highest level; the scale for a grid entry of 1
     double midpoints[64];
-    f64x2 coefficients[64]; // of mass and moment below a midpoint
+    f64x2 coefficients[64]; // of the mass and the moment below a midpoint, in the error
 
-    Ladder(const int8_t *table, int levels) : count(levels - 1), padded(levels < 8 ? 8 : levels), top(table[count]), midpoints{}, coefficients{} {
+    Ladder(const int8_t *table, int levels)
+        : count(levels - 1), padded(levels < 8 ? 8 : levels), top(table[count]), midpoints{}, coefficients{} {
         int peak = 0;
         for (int i = 0; i < levels; ++i) {
             const int size = table[i] < 0 ? -table[i] : table[i];
@@ -322,7 +325,7 @@ struct Ladder {
         }
     }
 
-    // The bin edges nearest to the midpoints at a scale, `padded` of them.
+    // Finds the bin edges nearest to the midpoints times `scale`, `padded` of them.
     void find_edges(double scale, int32_t *edges) const {
         for (int i = 0; i < padded; i += 8) {
             const f64x8 units = load<f64x8>(midpoints + i) * scale;
@@ -332,7 +335,7 @@ struct Ladder {
         }
     }
 
-    // below[e]: mass and moment below edge e.
+    // below[e]: the mass and the moment below edge e.
     Moments measure(const f64x2 *below, const int32_t *edges) const {
         f64x2 sum = (f64x2){top * top, top} * below[2 * BINS];
         for (int i = 0; i < count; ++i) sum -= coefficients[i] * below[edges[i]];
@@ -340,7 +343,8 @@ struct Ladder {
     }
 };
 
-// The scale of the smallest error on the grid, in units of the root mean square. edges: of every grid entry, or nullptr.
+// The scale of the smallest error on the grid, in units of the root mean square. edges: those that find_edges finds for
+// every grid entry, or nullptr.
 inline double search_scale(const f64x2 *below, const Ladder &ladder, const double *grid, int64_t coarse_count,
                            double largest, const int32_t *edges) {
     int64_t best = MARGIN;
@@ -435,14 +439,14 @@ LRQ_INLINE uint16_t gather_bits(u8x16 codes, int bit) {
     return static_cast<uint16_t>(bits[0] | bits[1] << 8);
 }
 
-// Bits `bit` and `bit` + 1 of the codes of four channels.
+// Packs the bits `bit` and `bit` + 1 of the codes of four channels, two bits a channel.
 LRQ_INLINE u8x16 pack_pairs(const u8x16 *lane, int bit) {
     u8x16 packed = {};
     unroll<4>([&](auto p) LRQ_LAMBDA { packed |= (lane[p] >> bit & 3) << (2 * p); });
     return packed;
 }
 
-// used: all codes, or'ed together.
+// Packs codes into tiles; *used becomes the bitwise or of all codes.
 inline void pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
                  uint8_t *used) {
     const int64_t tiles = ceil_div(columns, 16), tile_bytes = 32 * bits;

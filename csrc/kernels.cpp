@@ -15,11 +15,10 @@ namespace lrq {
 
 extern const Kernels LRQ_PASTE(LRQ_ISA, _kernels);
 const Kernels LRQ_PASTE(LRQ_ISA, _kernels) = {
-    LRQ_STRING(LRQ_ISA),       LRQ_ISA::repeat_dots,        LRQ_ISA::apply_transform, LRQ_ISA::quantize_tokens,
-    LRQ_ISA::quantized_linear, LRQ_ISA::linear,             LRQ_ISA::weight_only_linear,
-    LRQ_ISA::count_layer,      LRQ_ISA::count_rows,         LRQ_ISA::fit_scales,      LRQ_ISA::encode,
-    LRQ_ISA::trellis_encode,   LRQ_ISA::pack,               LRQ_ISA::repeat_pairs,
-    LRQ_ISA::attend,
+    LRQ_STRING(LRQ_ISA), LRQ_ISA::HAS_PAIRS, LRQ_ISA::repeat_dots, LRQ_ISA::repeat_pairs,
+#define LRQ_ENTRY(kernel) LRQ_ISA::kernel,
+    LRQ_KERNELS(LRQ_ENTRY)
+#undef LRQ_ENTRY
 };
 
 }  // namespace lrq

@@ -1,5 +1,6 @@
-// What the files of one instruction set offer, and what they may use. They are compiled with flags that the running CPU
-// may lack, so they call nothing inline from the standard library: a linker could keep their copy for everybody.
+// What the files of one instruction set offer, and what they may use. They are compiled for instructions that the running
+// CPU may lack, so they call no inline function of the standard library: the linker could keep their copy of it for all
+// files.
 #pragma once
 
 #include <cstddef>
@@ -9,32 +10,30 @@
 
 namespace lrq {
 
+// The kernel behind a function of the C interface: it takes the same arguments, structures that are never missing by
+// reference.
+template <class T> struct KernelArgument { using type = T; };
+template <> struct KernelArgument<const lrq_transform *> { using type = const lrq_transform &; };
+template <> struct KernelArgument<const lrq_weight *> { using type = const lrq_weight &; };
+template <> struct KernelArgument<const lrq_matrix *> { using type = const lrq_matrix &; };
+template <> struct KernelArgument<const lrq_attention *> { using type = const lrq_attention &; };
+
+template <class Function> struct KernelOf;
+template <class... A> struct KernelOf<int(A...)> { using type = void (*)(typename KernelArgument<A>::type...); };
+
+// All kernels: lrq_NAME checks the arguments of NAME.
+#define LRQ_KERNELS(use)                                                                                      \
+    use(apply_transform) use(quantize_tokens) use(quantized_linear) use(linear) use(weight_only_linear)       \
+    use(count_layer) use(count_rows) use(fit_scales) use(encode) use(trellis_encode) use(pack) use(attend)
+
 struct Kernels {
     const char *name;
+    bool has_pairs;  // whether it multiplies pairs of bfloat16; without them attend and repeat_pairs are nullptr
     int64_t (*repeat_dots)(int64_t iterations);
-    void (*apply_transform)(const lrq_transform &, int threads, float *out);
-    void (*quantize_tokens)(const lrq_transform &, int bits, double clip, const int8_t *lookup, const lrq_principal *,
-                            int threads, int8_t *codes, float *scale);
-    void (*quantized_linear)(const lrq_weight &, int64_t rows, const int8_t *codes, const float *scale,
-                             const lrq_principal *, int out_type, int threads, void *out);
-    void (*linear)(const lrq_transform &, int bits, double clip, const int8_t *lookup, const lrq_weight &,
-                   const lrq_principal *, int out_type, int threads, int8_t *codes, float *scale, void *out);
-    void (*weight_only_linear)(const lrq_weight &, int64_t rows, const float *x, int out_type, int threads, void *out);
-    void (*count_layer)(const lrq_matrix &, int64_t block_rows, int64_t part_blocks, int threads, double *bins,
-                        double *range);
-    void (*count_rows)(const lrq_matrix &, int threads, double *root_mean_square, double *bins, double *lowest,
-                       double *highest);
-    void (*fit_scales)(const lrq_matrix &, const int8_t *table, int64_t table_rows, int bits, const double *grid,
-                       int64_t coarse_count, int threads, float *row_scale);
-    void (*encode)(const lrq_matrix &, const int8_t *table, int64_t table_rows, int bits, const float *row_scale,
-                   int threads, uint8_t *codes);
-    void (*trellis_encode)(const lrq_matrix &, const int8_t *table, int bits, const float *row_scale, int threads,
-                           uint8_t *codes);
-    void (*pack)(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int threads, uint8_t *packed,
-                 uint8_t *used);
-    // null without products of bfloat16
     int64_t (*repeat_pairs)(int64_t iterations);
-    void (*attend)(const lrq_attention &, int threads);
+#define LRQ_MEMBER(kernel) KernelOf<decltype(lrq_##kernel)>::type kernel;
+    LRQ_KERNELS(LRQ_MEMBER)
+#undef LRQ_MEMBER
 };
 
 // Runs task(context, i) for i in [0, tasks) on up to `threads` threads, handed out in order as threads become free.
@@ -45,7 +44,7 @@ void run_parallel(int threads, int64_t tasks, void (*task)(void *context, int64_
 enum Slot {
     SLOT_SHARED,
     SLOT_CALL,
-    SLOT_PANEL,  // the product's alone: it begins with what it holds
+    SLOT_PANEL,  // only for the product, which notes at its beginning what it holds
     SLOT_COPY,
     SLOT_ROWS,
     SLOT_SUMS,

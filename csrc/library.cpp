@@ -3,10 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -136,7 +138,9 @@ void require(bool is_sound, const char *message) {
 }
 
 bool has_butterfly(int64_t order) {
-    return order > 0 && ((order & (order - 1)) == 0 || order == 12 || order == 20 || order == 28);
+#define LRQ_OR_IS(butterfly) || order == butterfly
+    return order > 0 && ((order & (order - 1)) == 0 LRQ_BUTTERFLIES(LRQ_OR_IS));
+#undef LRQ_OR_IS
 }
 
 void check(const lrq_transform *t, int threads, const void *out) {
@@ -171,8 +175,8 @@ void check(const lrq_transform *t, int threads, const void *out) {
 
 // The parts of a principal part that any call needs; then those that tokens need, and those of a product.
 void check(const lrq_principal *p, int64_t rows) {
-    require(kernels().repeat_pairs, "principal part: this instruction set does not multiply bfloat16");
-    require(p->rank > 0 && p->rank <= 32, "principal part: its rank must be 1 to 32");
+    require(kernels().has_pairs, "principal part: this instruction set does not multiply bfloat16");
+    require(p->rank > 0 && p->rank <= LRQ_MAX_RANK, "principal part: its rank is out of range");
     require(p->coordinates || !rows, "principal part: the coordinates' memory is missing");
 }
 
@@ -205,7 +209,7 @@ void check(const lrq_weight *w, int64_t rows, const void *x, int out_type, int t
     require(out_type >= LRQ_FLOAT32 && out_type <= LRQ_FLOAT16, "linear: unknown out_type");
     require((w->bits >= 2 && w->bits <= 6) || w->bits == 8, "linear: bits must be 2 to 6, or 8");
     require(w->out_features > 0 && w->in_features > 0, "linear: features out of range");
-    require(w->in_features < 1 << 17, "linear: more than 131071 input features overflow an int32");
+    require(w->in_features <= LRQ_MAX_IN_FEATURES, "linear: so many input features could overflow an int32");
     require((w->table == nullptr) == (w->bits == 8), "linear: a table belongs to 2 to 6 bits");
     require(!w->table || w->table_rows == 1 || w->table_rows == w->out_features, "linear: the table has a wrong shape");
     require(!w->is_trellis || (w->table_rows == 1 && w->bits <= 5), "linear: a trellis has one table of 2 to 5 bits");
@@ -220,9 +224,10 @@ void check(const lrq_attention *a, int threads) {
     require(a && a->query && a->key && a->value && a->out && a->logsumexp, "attention: an array is missing");
     require(threads > 0, "attention: threads must be 1 or more");
     require(a->batch >= 0 && a->heads >= 0 && a->queries >= 0 && a->keys > 0, "attention: a size is out of range");
-    require(a->width > 0 && a->width <= 256 && a->width % 2 == 0, "attention: the width must be even, up to 256");
+    require(a->width > 0 && a->width <= LRQ_MAX_HEAD_WIDTH, "attention: the width is out of range");
+    require(a->width % 2 == 0, "attention: the width must be even");
     require(!a->mask || a->mask_type == LRQ_FLOAT32 || a->mask_type == LRQ_BFLOAT16, "attention: unknown mask_type");
-    require(kernels().attend, "attention: the instruction set in use has none");
+    require(kernels().has_pairs, "attention: the instruction set in use has none");
 }
 
 void check_table(const int8_t *table, int64_t table_rows, int64_t rows) {
@@ -294,6 +299,35 @@ int lrq_abi_version(void) { return LRQ_ABI_VERSION; }
 
 const char *lrq_last_error(void) { return last_error.c_str(); }
 
+int64_t lrq_size_of(const char *name) {
+#define LRQ_SIZE(structure) {#structure, sizeof(structure)}
+    static const std::map<std::string, int64_t> sizes = {
+        LRQ_SIZE(lrq_transform), LRQ_SIZE(lrq_weight), LRQ_SIZE(lrq_principal), LRQ_SIZE(lrq_matrix), LRQ_SIZE(lrq_attention),
+    };
+#undef LRQ_SIZE
+    const auto found = sizes.find(name ? name : "");
+    return found == sizes.end() ? 0 : found->second;
+}
+
+int lrq_constant(const char *name, const int64_t **values) {
+#define LRQ_ONE(constant) {#constant, {constant}}
+#define LRQ_ORDER(order) order,
+    static const std::map<std::string, std::vector<int64_t>> constants = {
+        LRQ_ONE(LRQ_FLOAT32),         LRQ_ONE(LRQ_BFLOAT16),           LRQ_ONE(LRQ_FLOAT16),
+        LRQ_ONE(LRQ_NONE),            LRQ_ONE(LRQ_HADAMARD),           LRQ_ONE(LRQ_BLOCK_HADAMARD), LRQ_ONE(LRQ_OUTLIER),
+        LRQ_ONE(LRQ_MAX_IN_FEATURES), LRQ_ONE(LRQ_MAX_RANK),           LRQ_ONE(LRQ_MAX_HEAD_WIDTH),
+        LRQ_ONE(LRQ_BINS),            LRQ_ONE(LRQ_COARSE),             LRQ_ONE(LRQ_MIDDLE),
+        LRQ_ONE(LRQ_POLISHES),        LRQ_ONE(LRQ_SLOTS),              LRQ_ONE(LRQ_STATES),
+        LRQ_ONE(LRQ_HISTORY),         LRQ_ONE(LRQ_STEPS_PER_SHIFT),    {"LRQ_BUTTERFLIES", {LRQ_BUTTERFLIES(LRQ_ORDER)}},
+    };
+#undef LRQ_ORDER
+#undef LRQ_ONE
+    const auto found = constants.find(name ? name : "");
+    if (found == constants.end()) return 0;
+    *values = found->second.data();
+    return static_cast<int>(found->second.size());
+}
+
 int lrq_is_parallel(void) {
 #ifdef _OPENMP
     return 1;
@@ -347,7 +381,7 @@ int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operations) {
 
 int lrq_repeat_pairs(int64_t iterations, int threads, int64_t *operations) {
     return guarded([&] {
-        require(kernels().repeat_pairs, "the instruction set in use has no products of bfloat16");
+        require(kernels().has_pairs, "the instruction set in use has no products of bfloat16");
         std::atomic<int64_t> total{0};
         parallel_for(threads, threads, [&](int64_t) { total += kernels().repeat_pairs(iterations); });
         *operations = total;
@@ -458,7 +492,7 @@ int lrq_pack(const uint8_t *codes, int64_t rows, int64_t columns, int bits, int 
     });
 }
 
-int lrq_has_pairs(void) { return kernels().repeat_pairs != nullptr; }
+int lrq_has_pairs(void) { return kernels().has_pairs; }
 
 int lrq_attend(const lrq_attention *attention, int threads) {
     return guarded([&] {

@@ -1,27 +1,23 @@
-// What is done between and beside products: fetching what comes next, and outputs that wait.
+// What is done beside a product, between its steps: the outputs of the block before are written, and the cache lines that
+// are read next are fetched.
 #pragma once
 
-#include "dot.h"
-#include "kernels.h"
+#include "outputs.h"
 
 namespace lrq {
 namespace LRQ_ISA {
 
-LRQ_INLINE Floats scale_sums(const int32_t *sums, Floats row_scale, float scale, Floats bias) {
-    return __builtin_convertvector(load<Ints>(sums), Floats) * row_scale * splat(scale) + bias;
-}
-
-// What a block's outputs need of its channels, made with its panel.
+// The row scales and biases of a panel's channels. They are copied when the panel is decoded.
 struct alignas(64) Coefficients {
     static constexpr int64_t CHANNELS = 48;
     float row_scale[CHANNELS], bias[CHANNELS];
-    bool is_whole;  // all channels are there, and all numbers finite
+    bool is_whole;  // the layer has all CHANNELS channels, and all these numbers are finite
 
     void read(const lrq_weight &w, int64_t n) {
         is_whole = n + CHANNELS <= w.out_features;
         for (int64_t k = 0; is_whole && k < CHANNELS; ++k) {
             row_scale[k] = w.row_scale[n + k];
-            bias[k] = w.bias ? w.bias[n + k] : -0.0f;  // adding that changes nothing
+            bias[k] = w.bias ? w.bias[n + k] : -0.0f;  // adding -0 changes no number
         }
         is_whole = is_whole && is_finite(row_scale, 2 * CHANNELS);
     }
@@ -38,27 +34,27 @@ struct alignas(64) Coefficients {
     }
 };
 
-// Outputs of a block, y = sums * row_scale * scale + bias in bfloat16, that the next product writes (block.h). None is NaN,
-// which would have to be told apart.
+// Outputs of a block, y = sums * row_scale * scale + bias in bfloat16, that the next product writes (vnni_block.h). No
+// output may be NaN: the assembly rounds without looking for it.
 struct Pending {
-    int64_t row_bytes = 0;                  // of the output
-    int32_t one = 1, almost_half = 0x7fff;  // of bfloat16's last bit
+    int64_t row_bytes = 0;                  // of the layer's output
+    int32_t one = 1, almost_half = 0x7fff;  // in units of bfloat16's last bit: the bit itself, just below a half
     const Coefficients *coefficients = nullptr;
     const int32_t *sums = nullptr;  // (rows, 48)
-    const float *scale = nullptr;
+    const float *scale = nullptr;   // (rows)
     uint16_t *to = nullptr;
-    int64_t rows = 0;  // left
+    int64_t rows = 0;  // not yet written
 
-    void take(int64_t bytes, const Coefficients *c, const int32_t *block, const float *steps, uint16_t *out, int64_t count) {
-        row_bytes = bytes, coefficients = c, sums = block, scale = steps, to = out, rows = count;
+    void take(int64_t bytes, const Coefficients *c, const int32_t *block, const float *s, uint16_t *out, int64_t count) {
+        row_bytes = bytes, coefficients = c, sums = block, scale = s, to = out, rows = count;
     }
 
-    // `count` rows were written.
+    // Notes that `count` rows were written.
     void advance(int64_t count) {
         rows -= count, sums += count * Coefficients::CHANNELS, scale += count, to += count * row_bytes / 2;
     }
 
-    // All that still waits, now.
+    // Writes the rows that are left.
     void finish() {
         for (; rows; advance(1))
             for (int64_t k = 0; k < Coefficients::CHANNELS; k += WIDTH) {
@@ -69,8 +65,9 @@ struct Pending {
     }
 };
 
-// Beside a product: outputs that wait, and lines that are fetched, one every few steps, up to `last`, then from `second` up
-// to `second_last`; into all caches: for outer ones alone, Zen 4 fetches nothing in time, and many at once stall it.
+// Pending outputs, and two ranges of memory whose lines (64 bytes) a product fetches one by one, every few steps: [next,
+// last], then [second, second_last]; after that it fetches the last line again and again. Lines are fetched into all
+// caches: Zen 4 fetches nothing in time that is asked for the outer ones alone. Many lines at once stall it.
 struct Meanwhile {
     Pending pending;
     const uint8_t *next = nullptr, *last = nullptr, *second = nullptr, *second_last = nullptr;

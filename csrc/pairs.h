@@ -3,9 +3,11 @@
 
 #include "vectors.h"
 
-#if defined(__AVX512BF16__)
 namespace lrq {
 namespace LRQ_ISA {
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
 
 LRQ_INLINE __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
     // not the intrinsic: around it GCC 12 copies and spills the accumulators
@@ -13,7 +15,8 @@ LRQ_INLINE __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
     return sums;
 }
 
-// sums[r][v] += the products of pairs a[r] and b[v] over steps; b: V registers a step, or `steps` in a row for each v.
+// Adds the products of pairs a[r] and b[v] over `steps` steps to sums[r][v]. b has V registers a step, or all steps of one
+// v after another.
 template <int R, int V, bool IS_BY_STEP = true>
 LRQ_INLINE void multiply_pairs(__m512 (&sums)[R][V], const uint8_t *a, int64_t row_stride, int64_t step_stride,
                                const __m512i *b, int64_t steps) {
@@ -27,6 +30,9 @@ LRQ_INLINE void multiply_pairs(__m512 (&sums)[R][V], const uint8_t *a, int64_t r
     }
 }
 
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+
 }  // namespace LRQ_ISA
 }  // namespace lrq
-#endif

@@ -1,7 +1,8 @@
-// The principal part of tokens, which passes beside their codes: p = x^ U on the way in, p C on the way out.
+// The principal part of tokens, which is kept beside their codes: Inlet computes p = x^ U and takes p U^T out of the
+// tokens, Outlet adds p C to the outputs.
 //
-// U and C are int8 with a scale for each direction. Their codes are exact in bfloat16, so U's scales go with p; C is
-// rounded with its own, as p is stored without them.
+// U and C are int8 with a scale for each direction. U's codes are exact in bfloat16, and p is multiplied by U's scales. C
+// is multiplied by its own scales and rounded to bfloat16.
 #pragma once
 
 #include "pairs.h"
@@ -11,10 +12,10 @@ namespace lrq {
 namespace LRQ_ISA {
 
 #if defined(__AVX512BF16__)
-constexpr int64_t MAX_RANK = 32, MAX_ROWS = 8;
+constexpr int64_t MAX_RANK = LRQ_MAX_RANK, MAX_ROWS = 8;
 
-// 16 entries from k of directions r and r + 1 of (rank, width), times their scales if there are any, in pairs; what is not
-// there is 0.
+// Pairs of entries of directions r and r + 1 of codes (rank, width), times their scales if there are any: 16 pairs from
+// entry k. Entries beyond rank or width are 0.
 LRQ_INLINE __m512i load_pairs(const int8_t *codes, const float *scale, int64_t rank, int64_t width, int64_t r, int64_t k) {
     const __mmask16 lanes = width - k >= 16 ? 0xffff : (1u << (width - k)) - 1;
     const auto floats = [&](int64_t r) LRQ_LAMBDA {
@@ -64,7 +65,7 @@ class Inlet {
         uint16_t *halves = reinterpret_cast<uint16_t *>(x + floats);
         for (int64_t i = 0; i < count; ++i) {
             float *row = x + i * width;
-            load_entries(ready, first + i, 0, width, row);  // zeros behind it are the next row's place
+            load_entries(ready, first + i, 0, width, row);  // the next row overwrites the zeros behind this one
             for (int64_t k = 0; k < stride; k += 32) {
                 const auto part = [&](int64_t at) LRQ_LAMBDA {
                     const int64_t there = width - at;

@@ -1,4 +1,4 @@
-// From tokens to codes: the transform of transform.h, the principal part out of the way if there is one, rounding.
+// Makes codes of tokens: takes the principal part out of them if there is one, transforms them (transform.h) and rounds.
 #pragma once
 
 #include "principal.h"
@@ -22,7 +22,7 @@ class Rounder {
     int64_t row_bytes() const { return source.width * (source.x_type == LRQ_FLOAT32 ? 4 : 2); }
     const uint8_t *input(int64_t row) const { return static_cast<const uint8_t *>(source.x) + row * row_bytes(); }
 
-    // count: 8 at most
+    // Rounds `count` tokens, ROWS_PER_TASK at most, from `first`.
     void round(int64_t first, int64_t count) const {
         if (!inlet) return round_rows(ready, first, count, first);
         lrq_transform taken = rest;
@@ -45,7 +45,7 @@ class Rounder {
     Staircase stairs;
     bool is_staircase;
 
-    // Rows of what is ready, as tokens from `token`.
+    // Rounds `count` rows of `r` from `row`, and writes them as the tokens from `token`.
     void round_rows(const Ready &r, int64_t row, int64_t count, int64_t token) const {
         const int64_t width = source.width;
         transform_rows(r, row, count, [&](int64_t i, const float *values, Ints largest) {
@@ -60,7 +60,7 @@ class Rounder {
     }
 };
 
-// body(inlet or nullptr)
+// Calls body with the principal part's inlet, or with nullptr.
 template <class Body> LRQ_INLINE void with_inlet(const lrq_transform &t, const lrq_principal *p, Body &&body) {
     if (!p) return body(static_cast<const Inlet *>(nullptr));
     const Inlet inlet(t, *p);

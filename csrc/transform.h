@@ -1,9 +1,9 @@
 // The prologue: centre, smooth, rotate, clip, round, token by token.
 //
-// A Kronecker product is applied factor by factor. Factor of order n with `inner` entries behind each index: n vectors
-// that lie `inner` apart go through one butterfly. Where the row ends in 8 or more powers of two a row is worked on by
-// itself, and its last 8 to 128 are mixed inside registers. Any other width takes 8 rows side by side: then every entry
-// is a vector, and no width is special.
+// A Kronecker product is applied factor by factor: for a factor of order n, n vectors that lie `inner` entries apart go
+// through one butterfly. Where the innermost factor is a power of two of 8 or more, each row is transformed by itself, and
+// 8 to 128 neighbouring entries are mixed inside registers. Otherwise 8 rows are transformed side by side: then each entry
+// is a vector of 8, whatever the width.
 #pragma once
 
 #include "decode.h"
@@ -24,11 +24,13 @@ constexpr uint32_t SIGNS_28[28] = {
     0x1cb7898, 0x1d6d522, 0xf057628, 0xe43ccc2, 0xe86b914, 0x83bb548, 0x23e6e12, 0x43dd8a4};
 
 template <int N> constexpr uint32_t paley_column(int j) {
-    return N == 12 ? SIGNS_12[j] : N == 20 ? SIGNS_20[j] : SIGNS_28[j];
+#define LRQ_COLUMN(order) N == order ? SIGNS_##order[j] :
+    return LRQ_BUTTERFLIES(LRQ_COLUMN) 0;
+#undef LRQ_COLUMN
 }
 
-// N vectors get(i) -> put(j, vector). Order 12, 20 or 28: all signed sums of groups of G entries once (the method of four
-// Russians), then each output is N / G of them. Other N are powers of two.
+// N vectors get(i) -> put(j, vector). An order of LRQ_BUTTERFLIES: all signed sums of groups of G entries once (the method
+// of four Russians), then each output is N / G of them. Other N are powers of two.
 template <class V, int N, class Get, class Put> LRQ_INLINE void butterfly(Get &&get, Put &&put) {
     V v[N];
     unroll<N>([&](auto i) LRQ_LAMBDA { v[i] = get(i); });
@@ -66,15 +68,17 @@ template <class V, int N, class Get, class Put> LRQ_INLINE void butterfly(Get &&
     }
 }
 
-// body(order as a compile-time constant) for an order that has a butterfly
+// Calls body(order) with an order that has a butterfly as a compile-time constant.
 template <class Body> LRQ_INLINE void with_order(int64_t order, Body &&body) {
     switch (order) {
         case 2: return body(std::integral_constant<int, 2>{});
         case 4: return body(std::integral_constant<int, 4>{});
         case 8: return body(std::integral_constant<int, 8>{});
-        case 12: return body(std::integral_constant<int, 12>{});
-        case 20: return body(std::integral_constant<int, 20>{});
-        default: return body(std::integral_constant<int, 28>{});
+#define LRQ_CASE(order) \
+    case order: return body(std::integral_constant<int, order>{});
+        LRQ_BUTTERFLIES(LRQ_CASE)
+#undef LRQ_CASE
+        default: return;  // refused before
     }
 }
 
@@ -266,7 +270,7 @@ inline void multiply_blocks(const float *x, float *y, int64_t rows, int64_t orde
     }
 }
 
-// `slot` keeps what is made ready; the transform must outlive it.
+// Makes a transform ready; its memory is `slot`'s, and the transform must outlive it.
 inline Ready make_ready(const lrq_transform &t, Slot slot = SLOT_SHARED) {
     Ready r{};
     r.t = &t;
@@ -301,7 +305,7 @@ inline Ready make_ready(const lrq_transform &t, Slot slot = SLOT_SHARED) {
 
 LRQ_INLINE Ints magnitude(Floats v) { return (Ints)v & 0x7fffffff; }
 
-// What a row is read from; its own copies, because a store might change what Ready holds.
+// What a row is read from. These are copies, because for the compiler a store could change what Ready holds.
 struct Source {
     const void *x;
     int64_t start;
@@ -487,7 +491,7 @@ inline void apply_transform(const lrq_transform &t, int threads, float *out) {
     });
 }
 
-// A lookup of codes in vectors, if it is odd and has at most one step in every 16 magnitudes.
+// Looks codes up in vectors, where the lookup is odd and has at most one step in every 16 magnitudes.
 struct Staircase {
     alignas(16) uint8_t low[16], high[16], step[16];  // by magnitude / 16: levels before and from the step, its place
     alignas(64) int8_t levels[128];                   // by magnitude
@@ -559,7 +563,7 @@ LRQ_INLINE Ints round_entries(const float *row, Floats inverse) {
 }
 
 #if defined(__AVX512BW__)
-// 64 entries -> codes; stairs: what becomes of each code, or nullptr.
+// Makes codes of 64 entries; stairs, if not nullptr, replaces each code.
 LRQ_INLINE i8x64 quantize_entries(const float *row, Floats inverse, int bits, const Staircase *stairs) {
     const Ints v[4] = {round_entries(row, inverse), round_entries(row + 16, inverse), round_entries(row + 32, inverse),
                        round_entries(row + 48, inverse)};
@@ -571,8 +575,8 @@ LRQ_INLINE i8x64 quantize_entries(const float *row, Floats inverse, int bits, co
 }
 #endif
 
-// One row (zeros behind its width) and its largest magnitudes -> codes and step. A row that is not finite has a step that
-// is not, and zeros for codes.
+// Makes codes of one row (zeros follow it) with the given largest magnitudes, and returns its step. A row that is not
+// finite has a step that is not finite either, and zeros for codes.
 LRQ_INLINE float quantize_row(const float *row, Ints largest, int64_t width, int bits, float clip_over_largest,
                               const Staircase *stairs, int8_t *codes) {
     int32_t top = 0;

@@ -1,5 +1,6 @@
-// The search for a column's cheapest path through the trellis (Viterbi): trellis.py once more, with the same operations
-// in the same order, so the same bits. Of many columns, each lane of a register holds one; of a single column, a state.
+// Searches for each column's path of least cost through the trellis (Viterbi). trellis.py has the same operations in the
+// same order, so the results have the same bits. Where many columns are searched, each lane of a register holds a column;
+// where a single one is, each lane holds a state.
 #pragma once
 
 #include "fit.h"
@@ -9,18 +10,17 @@ namespace LRQ_ISA {
 
 typedef float f32x4 __attribute__((vector_size(16)));
 
-// As in trellis.py.
-constexpr int STATES = 64, HISTORY = 6, STEPS_PER_SHIFT = 32;
+constexpr int STATES = LRQ_STATES, HISTORY = LRQ_HISTORY, STEPS_PER_SHIFT = LRQ_STEPS_PER_SHIFT;
 constexpr int64_t MAX_COLUMNS_PER_TASK = 64;
 
 typedef std::conditional_t<WIDTH == 16, uint16_t, uint8_t> Mask;  // a bit for each lane
 
-// The subset whose level leads from state h to 2 h, and from h + 32 to 2 h + 1. The opposite one leads from h to 2 h + 1
-// and from h + 32 to 2 h. With u[t] = 0 the bits u[t-1], u[t-2], ... of h, from the lowest, fix the subset: its lowest bit
-// is u[t-2] ^ u[t-4], the other one u[t-1], and the opposite of that if u[t-6] or u[t] is 1.
+// The subset whose level leads from state h to 2 h, and from h + 32 to 2 h + 1; the opposite one leads from h to 2 h + 1
+// and from h + 32 to 2 h (h < 32 = STATES / 2). A state's bits, from the lowest, are the codes' lowest bits u[t-1], u[t-2],
+// ..., u[t-6]. A subset's lower bit is u[t-2] ^ u[t-4], its upper bit u[t-1] ^ u[t-6] ^ u[t].
 constexpr int subset_of(int h, int is_opposite) { return 2 * ((h & 1) ^ is_opposite) + ((h >> 1 ^ h >> 3) & 1); }
 
-// The nearest level of each of the four subsets, and its rank in the subset, four bits each.
+// The nearest level of each of the four subsets, and its rank in the subset, four bits a rank.
 struct Subsets {
     f32x4 level[SLOTS];  // by floor(2 w / row_scale) + SLOTS / 2
     uint16_t ranks[SLOTS];
@@ -38,11 +38,12 @@ struct Subsets {
     }
 };
 
-// The same for a register of weights: a weight has a place, and a place has levels and ranks.
+// The same for a register of weights. A weight's place is the index of its interval between thresholds; levels and ranks
+// are looked up by it.
 template <int BITS> class Nearest {
 #if defined(__AVX512F__)
     static constexpr int REGISTERS = BITS == 5 ? 4 : 2;
-    // the values of 2 w / row_scale, 28 at most (60 at 5 bits), at which something changes; a place is between two
+    // the values of 2 w / row_scale at which a rank changes: 28 at most, or 60 at 5 bits
     Floats thresholds[REGISTERS];
     Floats levels[4][REGISTERS];
     Ints packed[REGISTERS];
@@ -50,7 +51,7 @@ template <int BITS> class Nearest {
   public:
     explicit Nearest(const Subsets &subsets) {
         float bounds[REGISTERS * WIDTH];
-        for (float &bound : bounds) bound = __builtin_nanf("");  // never reached
+        for (float &bound : bounds) bound = __builtin_nanf("");  // reached by no weight
         for (int slot = 0, place = 0; slot < SLOTS; ++slot) {
             if (slot && subsets.ranks[slot] != subsets.ranks[slot - 1]) bounds[++place] = slot - SLOTS / 2;
             const int v = place / WIDTH, i = place % WIDTH;
@@ -102,7 +103,7 @@ template <int BITS> class Nearest {
 #endif
 };
 
-// (a0, b0, a1, b1, ...): the first half of it, or the second.
+// The first or the second half of (a0, b0, a1, b1, ...).
 template <bool SECOND> LRQ_INLINE Floats interleave(Floats a, Floats b) {
 #if defined(__AVX512F__)
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -117,7 +118,7 @@ template <bool SECOND> LRQ_INLINE Floats interleave(Floats a, Floats b) {
 #endif
 }
 
-// The smaller of each two entries, none of them negative; bit i of `is_second` tells that it is b's.
+// The smaller of a and b in each lane; none of them is negative. Bit i of *is_second is 1 where it is b's.
 LRQ_INLINE Floats smaller(Floats a, Floats b, uint32_t *is_second) {
 #if defined(__AVX512F__)
     // floats that are not negative have the order of their bits, and integers are compared in half the time
@@ -134,10 +135,11 @@ LRQ_INLINE Floats smaller(Floats a, Floats b, uint32_t *is_second) {
 #endif
 }
 
-// The distances of the levels that lead on from the states WIDTH * v, WIDTH * v + 1, ...
+// The squared errors of the four subsets' nearest levels in one row; get<V, ...> gives each of the states WIDTH * V,
+// WIDTH * V + 1, ... that of the subset that leads on from it.
 struct Distances {
 #if defined(__AVX512F__)
-    __m512 d;  // the four subsets' distances, repeated
+    __m512 d;  // the four errors, repeated
     explicit Distances(f32x4 four) : d(_mm512_broadcast_f32x4((__m128)four)) {}
     LRQ_INLINE Floats pick(Ints index) const { return (Floats)_mm512_permutevar_ps(d, (__m512i)index); }
 #elif defined(__AVX2__)
@@ -157,9 +159,9 @@ struct Distances {
     }
 };
 
-// One column: units are w / row_scale, slots floor(2 units) + SLOTS / 2, weights the factor of each row's error; the codes
-// may take the place of units. decisions: room for `rows`; bit h + 32 u tells that state 2 h + u is reached from h + 32, not
-// from h.
+// Searches one column. units: w / row_scale; slots: floor(2 units) + SLOTS / 2; weights: the factor of each row's error.
+// codes may share the memory of units. decisions (rows): bit h + 32 u is set to 1 where state 2 h + u is reached from h +
+// 32, to 0 where it is reached from h.
 inline void encode_path(const Subsets &subsets, const float *units, const int32_t *slots, const float *weights,
                         int64_t rows, uint64_t *decisions, uint8_t *codes) {
     constexpr int V = STATES / WIDTH, H = V / 2;
@@ -177,7 +179,7 @@ inline void encode_path(const Subsets &subsets, const float *units, const int32_
             const Floats even = smaller(cost[v] + a, cost[v + H] + b, &even_bits);
             const Floats odd = smaller(cost[v] + b, cost[v + H] + a, &odd_bits);
             bits |= static_cast<uint64_t>(even_bits) << (v * WIDTH);
-            bits |= static_cast<uint64_t>(odd_bits) << (32 + v * WIDTH);
+            bits |= static_cast<uint64_t>(odd_bits) << (STATES / 2 + v * WIDTH);
             next[2 * v] = interleave<false>(even, odd), next[2 * v + 1] = interleave<true>(even, odd);
         });
         decisions[t] = bits;
@@ -195,15 +197,15 @@ inline void encode_path(const Subsets &subsets, const float *units, const int32_
     unsigned state = 0;
     for (unsigned s = 1; s < STATES; ++s) state = costs[s] < costs[state] ? s : state;
     for (int64_t t = rows - 1; t >= 0; --t) {
-        const unsigned u = state & 1, h = state >> 1, old = decisions[t] >> (h | u << 5) & 1;
+        const unsigned u = state & 1, h = state >> 1, old = decisions[t] >> (h | u << (HISTORY - 1)) & 1;
         const unsigned rank = subsets.ranks[slots[t]] >> 4 * subset_of(h, u ^ old) & 15;
         codes[t] = static_cast<uint8_t>(2 * rank + u);
         state = h | old << (HISTORY - 1);
     }
 }
 
-// The states' costs, a column in each lane, STEPS rows later; two rows at once need half of the loads and stores. Bit i of
-// decisions[row][s] tells that column i reaches state s from h + 32, not from h.
+// Advances the states' costs, a column in each lane, by STEPS rows: two rows at once need half of the loads and stores. Bit
+// i of decisions[row][s] is set to 1 where column i reaches state s from s / 2 + 32, to 0 where it does from s / 2.
 template <int STEPS>
 LRQ_INLINE void advance(const Floats *from, Floats *to, const Floats (*distances)[4], Mask (*decisions)[STATES]) {
     constexpr int N = 1 << STEPS;
@@ -227,7 +229,7 @@ LRQ_INLINE void advance(const Floats *from, Floats *to, const Floats (*distances
     });
 }
 
-// For each lane its bit in the mask of its state.
+// Bit i of decisions[state[i]], for each lane i.
 LRQ_INLINE Ints look_up(const Mask *decisions, Ints state) {
 #if defined(__AVX512F__)
     const __m512i low = load<__m512i>(decisions), high = load<__m512i>(decisions + STATES / 2);
@@ -240,7 +242,7 @@ LRQ_INLINE Ints look_up(const Mask *decisions, Ints state) {
 #endif
 }
 
-// The codes of `count` columns, at most WIDTH, of a matrix `stride` wide.
+// Searches `count` columns, at most WIDTH, of a matrix that has `stride` columns.
 template <int BITS>
 inline void encode_paths(const Nearest<BITS> &nearest, const float *weight, const float *row_scale, const float *row_weight,
                          int64_t rows, int64_t stride, int64_t count, uint8_t *codes) {

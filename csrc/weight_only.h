@@ -5,12 +5,13 @@
 // place. The output is (s0 + s2) + (s1 + s3), whatever the instruction set and the number of tokens.
 #pragma once
 
-#include "product.h"
+#include "decode.h"
+#include "outputs.h"
 
 namespace lrq {
 namespace LRQ_ISA {
 
-constexpr int64_t FLOAT_TOKENS = 64;  // that share what is decoded
+constexpr int64_t FLOAT_TOKENS = 64;  // tokens, at most, that share a decoded tile
 constexpr int64_t FLOAT_TILES = 16;   // input tiles decoded at once: their levels stay in the first cache
 
 // Four floats in each quarter of a register.
@@ -24,7 +25,8 @@ LRQ_INLINE Floats repeat_four(const float *x) {
 #endif
 }
 
-// ROWS tokens (stride floats apart, see arrange_token) times the levels of `tiles` input tiles, added to sums (ROWS, 64).
+// Multiplies ROWS tokens (stride floats apart, see arrange_token) by the levels of `tiles` input tiles and adds the
+// products to sums (ROWS, 64).
 template <int ROWS>
 inline void multiply_floats(const uint8_t *levels, int64_t tiles, const float *x, int64_t stride, float *sums) {
     constexpr int REGISTERS = ROWS > 4 ? 2 : ROWS == 1 || WIDTH == 16 ? 4 : 2;
@@ -51,7 +53,7 @@ inline void multiply_floats(const uint8_t *levels, int64_t tiles, const float *x
     }
 }
 
-// Entry 16 t + 4 s + i goes to 16 t + 4 i + s, zeros behind the width.
+// Copies entry 16 t + 4 s + i to 16 t + 4 i + s, with zeros beyond the width.
 LRQ_INLINE void arrange_token(const float *x, int64_t width, int64_t padded, float *out) {
     for (int64_t k = 0; k < padded; ++k) out[(k & ~15) + 4 * (k & 3) + (k >> 2 & 3)] = k < width ? x[k] : 0;
 }
@@ -60,6 +62,7 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                                void *out) {
     const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
     const int64_t stride = 16 * in_tiles + 16;  // not a power of two: tokens would share one set of the first cache
+    const Outputs outputs{w, nullptr, nullptr, out_type, out};
     float *tokens = static_cast<float *>(scratch(SLOT_SHARED, sizeof(float) * least(rows, FLOAT_TOKENS) * stride));
     for (int64_t first = 0; first < rows; first += FLOAT_TOKENS) {
         const int64_t count = least(FLOAT_TOKENS, rows - first);
@@ -89,7 +92,7 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                     const float *s = sums + 64 * m + 16 * (n & 3) + 4 * (n >> 2);
                     totals[16 * m + n] = (s[0] + s[2]) + (s[1] + s[3]);
                 }
-            finish_channels(w, totals, 16, nullptr, nullptr, first, count, 16 * tile, out_type, out);
+            finish_channels(outputs, totals, 16, nullptr, first, count, 16 * tile);
         });
     }
 }

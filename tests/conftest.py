@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +19,20 @@ if not torch.cuda.is_available():
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel  # noqa: E402
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel  # noqa: E402
 
-torch.set_num_threads(1)
+# two workers run side by side, so each has one thread; scripts/check_long asks for more (0: as many as torch takes)
+if threads := int(os.environ.get("LRQDIT_TEST_THREADS", "1")):
+    torch.set_num_threads(threads)
 
 
 def linear_format(in_features: int, out_features: int, weight_bits: int, activation_bits: int, **rest) -> LinearFormat:
     """The format of a layer, from its values side by side as a checkpoint has them."""
     values = {"in_features": in_features, "out_features": out_features, "weight_bits": weight_bits}
     return LinearFormat.from_dict({**values, "activation_bits": activation_bits, **rest})
+
+
+def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> SimpleNamespace:
+    """A linear layer as far as fitting goes."""
+    return SimpleNamespace(weight=weight, bias=bias)
 
 
 def build_tiny_pipeline(seed: int = 0) -> PixArtAlphaPipeline:

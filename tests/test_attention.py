@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from lrqdit import native
 from lrqdit.app import doctor
 from lrqdit.errors import ConfigError, KernelError
 from lrqdit.kernels import cpu_attention as attention
+from lrqdit.kernels.cpu_attention import SLOW_BESIDE_AMX
 
 needs_kernel = pytest.mark.skipif(bool(attention.why_torch()), reason=f"torch's attention: {attention.why_torch()}")
 
@@ -343,23 +345,44 @@ def test_another_instruction_set_leaves_it_to_torch(monkeypatch):
 
 
 @needs_kernel
-def test_the_first_quantized_model_switches_it_on(monkeypatch):
+def test_the_first_quantized_model_switches_it_on(caplog):
+    caplog.set_level(logging.INFO, "lrqdit")
     assert "from the first quantized model on" in attention.describe()
     attention.start()
+    attention.start()
     assert attention.current() == "native" and "from the first" not in attention.describe()
+    (record,) = caplog.records
+    assert (
+        record.levelname == "INFO" and "LRQDIT_ATTENTION=torch or call lrqdit.attention.switch" in record.getMessage()
+    )
     attention.switch("torch")
     attention.start()  # a choice stays
     assert attention.current() == "torch" and "chosen in this process" in attention.describe()
 
 
 @needs_kernel
-def test_torch_stays_where_it_has_tiles(monkeypatch):
+def test_torch_stays_where_it_has_tiles(monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     attention.start()
-    assert attention.current() == "torch" and "this CPU has AMX" in attention.describe()
+    assert attention.current() == "torch" and attention.describe() == f"CPU attention: torch ({SLOW_BESIDE_AMX})"
     monkeypatch.setenv(attention.ENVIRONMENT, "native")
     attention.start()
-    assert attention.current() == "native"
+    assert attention.current() == "native" and attention.describe().endswith(f"tokens; {SLOW_BESIDE_AMX}")
+    monkeypatch.delenv(attention.ENVIRONMENT)
+    attention.switch("torch")
+    attention.switch("native")
+    warning = f"{SLOW_BESIDE_AMX}; lrqdit.attention.switch('torch') goes back"
+    assert [record.getMessage() for record in caplog.records] == [warning, warning]
+
+
+def test_a_plain_checkpoint_leaves_attention_alone(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    lrqdit.quantize(model, "w4a8", is_calibrated=False, show_progress=False)
+    lrqdit.save_checkpoint(model, tmp_path)
+    lrqdit.attention.switch("torch")
+    attention._is_chosen = False
+    lrqdit.load_checkpoint(torch.nn.Sequential(torch.nn.Linear(64, 64)), tmp_path)
+    assert attention.current() == "torch"
 
 
 def test_choice_by_environment(monkeypatch):
@@ -391,7 +414,9 @@ def test_a_torch_that_cannot_hand_over_its_kernel(monkeypatch):
 
 
 SCRIPT = """
+import sys
 import torch
+torch.cpu._is_amx_tile_supported = lambda: sys.argv[1] == "True"
 import lrqdit
 from lrqdit.kernels import cpu_attention as attention
 model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -403,14 +428,15 @@ print(before, attention.current())
 """
 
 
-def test_a_process_without_a_warning():
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_a_process_without_a_warning(has_amx):
     """Importing changes nothing; quantizing does, and no warning is printed by torch (C++ ones come on stderr)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop(attention.ENVIRONMENT, None)
-    command = [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT, str(has_amx)]
     child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert child.returncode == 0, child.stderr
-    assert child.stdout.split() == ["torch", "torch" if attention.why_torch() else "native"]
+    assert child.stdout.split() == ["torch", "torch" if has_amx or attention.why_torch() else "native"]
     assert "verrid" not in child.stderr
 
 

@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import json
 from types import SimpleNamespace
@@ -52,10 +51,10 @@ def test_calibration_and_evaluation_prompts_are_apart(bench):
     entries, _ = bench.bench_captions.load_reference()
     names = {entries[i]["name"] for i in bench.bench_captions.choose_captions(entries)}
     assert len(names) == 64
-    assert not names & set(bench.demo.CALIBRATION_PROMPTS)
-    assert not set(bench.demo.SHOWN_PROMPTS) & set(bench.demo.CALIBRATION_PROMPTS)
+    assert not names & set(bench.demo.captions("calibration"))
+    assert not set(bench.demo.captions("shown")) & set(bench.demo.captions("calibration"))
     trained = {entry["name"] for entry in entries if entry["is_trained"]}
-    assert set(bench.demo.CALIBRATION_PROMPTS) <= trained
+    assert set(bench.demo.captions("calibration")) <= trained
 
 
 def test_every_method_runs_on_a_layer(bench):
@@ -114,16 +113,24 @@ class FakeBench:
         return {"image_mse": 2.0, "true_bits": 4.5}
 
 
-def test_seeds_follow_the_places(bench, monkeypatch):
+def test_seeds_follow_the_places(bench):
+    class Scheduler:
+        def set_timesteps(self, count):
+            pass
+
+        def step(self, model_output):
+            return (model_output,)
+
     class Pipeline:
+        scheduler = Scheduler()
+
         def set_progress_bar_config(self, disable):
             pass
 
-        def __call__(self, prompt, generator, **_):
+        def __call__(self, prompt, generator, num_inference_steps, guidance_scale):
+            self.scheduler.step(torch.zeros(len(prompt), 1))
             return SimpleNamespace(images=[torch.randn(3, generator=g) for g in generator])
 
-    monkeypatch.setattr(bench.generation, "_recorded_latents", lambda _: contextlib.nullcontext([torch.zeros(16, 1)]))
-    monkeypatch.setattr(bench.models, "call_arguments", lambda _: {})
     every = bench.generate(Pipeline(), [f"caption {i}" for i in range(40)], 1, 1.0)
     some = bench.generate(Pipeline(), ["caption 7", "caption 33"], 1, 1.0, (7, 33))
     assert [sample.seed for sample in some] == [1007, 1033]

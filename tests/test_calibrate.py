@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrqdit.calibration.observer import Observer
+from lrqdit.calibration.observer import Observer, Sampling
 from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.errors import ModelError, NumericalError
 
@@ -28,7 +28,7 @@ NAMES = ("to_q", "to_k", "to_v", "to_out")
 
 
 def observe(model, *calls, names=NAMES, size=64, seed=0):
-    with Observer(model, names, size, seed) as observer, torch.no_grad():
+    with Observer(model, names, Sampling(size, seed)) as observer, torch.no_grad():
         for call in calls:
             model(*call)
     return observer.groups()
@@ -130,7 +130,7 @@ def test_held_out_calls():
 def test_every_so_many_calls_are_held_out():
     layer = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(layer)
-    with Observer(model, ("0",), 8, 0, 1 << 20, held_out_every=4) as observer, torch.no_grad():
+    with Observer(model, ("0",), Sampling(8, 0, 1 << 20, held_out_every=4)) as observer, torch.no_grad():
         for index in range(9):
             model(torch.full((2, 4), float(index)))
     tokens = observer.groups()[0].stats.tokens
@@ -139,7 +139,7 @@ def test_every_so_many_calls_are_held_out():
 
 def test_moments_within_their_memory():
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
-    with Observer(model, ("0", "1", "2"), 8, 0, moment_bytes=4 * (64 + 16)) as observer, torch.no_grad():
+    with Observer(model, ("0", "1", "2"), Sampling(8, 0, moment_bytes=4 * (64 + 16))) as observer, torch.no_grad():
         model(random(5, 8))
     found = [group.stats.second_moment(torch.zeros(1)) is not None for group in observer.groups()]
     assert found == [True, True, False]
@@ -243,14 +243,14 @@ def test_empty_inputs_do_not_count():
 
 def test_hooks_are_removed():
     model = Attention()
-    with pytest.raises(ValueError, match="stop"), Observer(model, NAMES, 8, 0):
+    with pytest.raises(ValueError, match="stop"), Observer(model, NAMES, Sampling(8, 0)):
         raise ValueError("stop")
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
 def test_inference_mode():
     model, x = Attention(), random(3, 8)
-    with Observer(model, NAMES, 8, 0) as observer, torch.inference_mode():
+    with Observer(model, NAMES, Sampling(8, 0)) as observer, torch.inference_mode():
         model(x.clone())
     assert observer.groups()[0].names == ["to_q", "to_k", "to_v"]
     assert observer.groups()[0].stats.rms == pytest.approx(float(x.double().square().mean().sqrt()))

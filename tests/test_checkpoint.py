@@ -1,6 +1,10 @@
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +15,11 @@ from torch import nn
 
 import lrqdit
 from lrqdit.calibration import runs
-from lrqdit.calibration.observer import Observer
+from lrqdit.calibration.observer import Observer, Sampling
 from lrqdit.calibration.steps import Calibration, Call, Step
 from lrqdit.errors import CheckpointError
-from lrqdit.packed import checkpoint, files
+from lrqdit.packed import checkpoint, files, linear
+from lrqdit.packed.format import DTYPE_BYTES
 from lrqdit.packed.linear import QuantLinear
 
 
@@ -120,6 +125,35 @@ def test_nothing_to_save(tmp_path):
     with pytest.raises(CheckpointError, match="has no quantized layer to save"):
         lrqdit.save_checkpoint(build(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_files_and_folders_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino) or sync(descriptor))
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append((old.name, new.name)) or replace(old, new))
+    number = tmp_path.stat().st_ino
+    files.write_atomically(tmp_path / "file", lambda path: path.write_text("new"))
+    assert done == [(tmp_path / "file").stat().st_ino, ("file.partial", "file"), number]
+
+    done.clear()
+    folder = tmp_path / "folder"
+    for text in ("old", "new"):
+        files.write_folder_atomically(folder, lambda path, text=text: (path / "file").write_text(text))
+    synced = (folder / "file").stat().st_ino, folder.stat().st_ino
+    names = ("folder", "folder.replaced"), ("folder.writing", "folder")
+    assert tuple(done[-5:]) == (*synced, *names, number) and (folder / "file").read_text() == "new"
+
+    def fail(path):
+        (path / "file").write_text("half")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        files.write_folder_atomically(folder, fail)
+    assert (folder / "file").read_text() == "new" and sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_the_two_tables_of_dtypes_agree():
+    assert {name: dtype.itemsize for name, dtype in linear.DTYPES.items()} == DTYPE_BYTES
 
 
 def test_a_failed_save_leaves_no_half_file(saved, folder, monkeypatch):
@@ -343,35 +377,60 @@ def test_not_a_pipeline(tmp_path):
         files.check_pipeline_folder(tmp_path)
 
 
-def test_run_folder(tmp_path):
-    folder = runs.RunFolder(tmp_path / "run", "one")
+def test_run_folder(tmp_path, caplog):
     tensors, values = {"x": random(3, 4).t(), "y": torch.arange(3)}, {"names": ["a"], "error": 0.1 + 0.2}
-    folder.save("part", tensors, values)
-    again = runs.RunFolder(tmp_path / "run", "one")
-    loaded, read = again.load("part")
-    assert read == values and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
-    assert again.load("other") is None and again.load_calibration() is None
-    truncate(tmp_path / "run" / "part.safetensors", -1)
-    with pytest.raises(CheckpointError):
-        again.load("part")
-    assert runs.RunFolder(tmp_path / "run", "two").load("part") is None  # emptied
+    with runs.RunFolder(tmp_path / "run", {"settings": "one", "weights": "w"}) as folder:
+        folder.save("part", tensors, values)
+    with runs.RunFolder(tmp_path / "run", {"settings": "one", "weights": "w"}) as again:
+        loaded, read = again.load("part")
+        assert read == values and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+        assert again.load("other") is None and again.load_calibration() is None
+        truncate(tmp_path / "run" / "part.safetensors", -1)
+        with pytest.raises(CheckpointError):
+            again.load("part")
+    assert not caplog.records
+    with runs.RunFolder(tmp_path / "run", {"settings": "two", "weights": "w"}) as other:
+        assert other.load("part") is None  # emptied
+    assert f"{tmp_path / 'run'}: starts again, because of another settings" in caplog.text
+
+
+def test_one_run_at_a_time(tmp_path):
+    """While a run has its folder another process is refused, and nothing of the folder is lost."""
+    script = (
+        "import sys; from lrqdit.calibration.runs import RunFolder; from lrqdit.errors import CheckpointError\n"
+        "try: RunFolder(sys.argv[1], {'settings': 'two'})\n"
+        "except CheckpointError as error: print(error)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with runs.RunFolder(tmp_path / "run", {"settings": "one"}) as folder:
+        folder.save("part", {}, {"a": 1})
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=with_this_package()).stdout
+        assert "is in use by another run; wait for it to end, or pass another folder" in output
+        assert folder.load("part")[1] == {"a": 1}
+    assert subprocess.run(command, check=True, capture_output=True, text=True, env=with_this_package()).stdout == ""
+
+
+def with_this_package():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(lrqdit.__file__).parents[1]), *sys.path])}
 
 
 def test_run_folder_killed_at_its_start(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "fingerprint.partial").write_text("on")
-    runs.RunFolder(tmp_path / "run", "one")
+    (tmp_path / "run" / f"{runs.MARKS_FILE}.partial").write_text("on")
+    runs.RunFolder(tmp_path / "run", {}).close()
 
 
 def test_run_folder_keeps_the_calibration(tmp_path):
     model = build()
-    with Observer(model, ("0.q", "0.k", "1.q", "1.k"), 20, 0) as observer:
+    with Observer(model, ("0.q", "0.k", "1.q", "1.k"), Sampling(20, 0)) as observer:
         run(model)
     groups = observer.groups()
     calls = [Call.record((random(2, 3, seed=i),), {"more": {"mask": None, "pair": (1, random(4))}}) for i in range(3)]
     steps = [Step(calls[:2], (3.0, -2.0), (2, 3)), Step(calls[2:])]
-    runs.RunFolder(tmp_path / "run", "one").save_calibration(Calibration(groups, steps))
-    again = runs.RunFolder(tmp_path / "run", "one").load_calibration()
+    with runs.RunFolder(tmp_path / "run", {}) as folder:
+        folder.save_calibration(Calibration(groups, steps))
+    with runs.RunFolder(tmp_path / "run", {}) as folder:
+        again = folder.load_calibration()
     assert [g.names for g in again.groups] == [g.names for g in groups] == [["0.q", "0.k"], ["1.q", "1.k"]]
     for one, two in zip(groups, again.groups, strict=True):
         assert torch.equal(one.stats.tokens, two.stats.tokens) and one.stats.rms == two.stats.rms
@@ -381,14 +440,20 @@ def test_run_folder_keeps_the_calibration(tmp_path):
             assert a.structure == b.structure and all(map(torch.equal, a.tensors, b.tensors))
 
 
-def test_fingerprint():
-    one = runs.fingerprint(1, {"a": 2}, module=build())
-    assert one == runs.fingerprint(1, {"a": 2}, module=build())
+def test_marks_of_a_run():
+    one = runs.describe_run(build(), settings={"a": 2})
+    assert one == runs.describe_run(build(), settings={"a": 2})
+    assert one["lrqdit version"] == lrqdit.__version__
+
+    def changed(module, **values):
+        two = runs.describe_run(module, **values)
+        return [name for name in one if one[name] != two[name]]
+
     other = build()
-    other[1].k.weight.data[-1, -1] += 1
-    assert one != runs.fingerprint(1, {"a": 2}, module=other)
-    assert one != runs.fingerprint(1, {"a": 3}, module=build())
-    assert one != runs.fingerprint(1, {"a": 2}, module=build().double())
+    other[1].k.weight.data[-1, -1] += 1  # the very last weight
+    assert changed(other, settings={"a": 2}) == ["model's weights"]
+    assert changed(build().double(), settings={"a": 2}) == ["model's weights"]
+    assert changed(build(), settings={"a": 3}) == ["settings"]
 
 
 def test_golden_names(saved):

@@ -1,20 +1,22 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
 import lrqdit
 import lrqdit.calibration.observer
-from lrqdit.app import demo, inspection, speed
+from lrqdit.app import demo, speed
 from lrqdit.app.cli import app
-from lrqdit.errors import ModelError
 from lrqdit.fitting import job
 from lrqdit.integrations import generation, pipelines
+from lrqdit.packed import files
 
 FAST = ["--set", "rotation=none", "--set", "smoothing=never", "--steps", "2"]
 
@@ -116,7 +118,7 @@ def test_a_picture_does_not_depend_on_the_others(tiny_pipeline_folder):
     alone = generation.generate_images(pipeline, ["b"], [6], **options)
     assert torch.equal(together[1].latents, alone[0].latents)
     assert together[1].picture.tobytes() == alone[0].picture.tobytes()
-    assert "step" not in vars(pipeline.scheduler)
+    assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
 
 
 def test_evaluate(quantized, tiny_pipeline_folder, prompts, tmp_path):
@@ -148,28 +150,28 @@ def test_killed_run_continues_to_the_same_bytes(tiny_pipeline_folder, prompts, t
     succeed(*command, tmp_path / "whole")
 
     fitted: list[str] = []
-    original = job._quantize_group
+    original = job.Job._quantize
 
-    def killed(module, part, *rest):
+    def killed(self, part):
         if len(fitted) == 5:
             raise KeyboardInterrupt
         fitted.append(part.names[0])
-        return original(module, part, *rest)
+        return original(self, part)
 
-    monkeypatch.setattr(job, "_quantize_group", killed)
+    monkeypatch.setattr(job.Job, "_quantize", killed)
     assert run(*command, tmp_path / "killed")[0] != 0
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.partial").is_dir()
 
     resumed: list[str] = []
 
-    def counted(module, part, *rest):
+    def counted(self, part):
         resumed.append(part.names[0])
-        return original(module, part, *rest)
+        return original(self, part)
 
     def forbidden(*_):
         pytest.fail("calibrates again")
 
-    monkeypatch.setattr(job, "_quantize_group", counted)
+    monkeypatch.setattr(job.Job, "_quantize", counted)
     monkeypatch.setattr(lrqdit.calibration.observer.Observer, "__enter__", forbidden)
     succeed(*command, tmp_path / "killed")
     assert resumed and not set(resumed) & set(fitted)
@@ -184,7 +186,7 @@ def test_without_calibration_kept_tensors_get_the_dtype_of_the_files(copy_of_pip
     out = tmp_path / "out"
     text = succeed("quantize", copy_of_pipeline, "--bits", "w4a16", "--no-calibration", "--out", out)
     assert "bits per parameter" in text and "J >= 1 at 0 of 20 layers" in text
-    kinds = {dtype for part in ("transformer", "vae") for _, dtype, _ in inspection.tensor_headers(out / part)}
+    kinds = {dtype for part in ("transformer", "vae") for _, dtype, _ in files.tensor_headers(out / part)}
     assert "F16" in kinds and "F32" not in kinds
     assert len(generation.generate_images(pipelines.load_pipeline(out, device="cpu"), ["a"], steps=2)) == 1
 
@@ -217,7 +219,8 @@ def test_quantize_errors(tiny_pipeline_folder, quantized, prompts, tmp_path):
     assert "not a regular expression" in quantize("--exclude", "(", "--prompts", prompts)
     assert "is not key=value" in quantize("--set", "colour=red")
     assert "is not true or false" in quantize("--set", "is_clipped=perhaps")
-    assert "is not a float" in quantize("--set", "smoothing_alpha=much")
+    assert "is not a number" in quantize("--set", "smoothing_alpha=much")
+    assert "is not a whole number" in quantize("--set", "seed=1.5")
     assert "dtype='int8'" in quantize("--dtype", "int8")
     assert "is not a device" in quantize("--device", "abacus")
     assert "quantized already" in quantize(model=quantized[0])
@@ -277,18 +280,34 @@ def test_demo(copy_of_pipeline, tmp_path):
     assert row["bytes_after"] < row["bytes_before"] and 0 < row["ssim"] <= 1
     assert picture_size(tmp_path / "comparison.png")[1] > 2 * 192
     assert (tmp_path / "w4a16" / "model_index.json").is_file()
-    assert not set(demo.CALIBRATION_PROMPTS) & set(demo.SHOWN_PROMPTS)
+    assert not set(demo.captions("calibration")) & set(demo.captions("shown"))
 
 
-def test_demo_without_its_model(tmp_path):
-    with pytest.raises(ModelError, match="training/train_demo.py"):
-        demo.run_demo(tmp_path / "out", model_folder=tmp_path)
+def test_demo_of_an_unknown_preset(tmp_path):
     assert "weight_bits=7" in fail("demo", "--bits", "w7a8", "--out", tmp_path)
 
 
-def test_help_and_version():
-    assert "quantize" in succeed("--help")
-    assert lrqdit.__version__ in succeed("--version")
+QUICK = """
+import sys
+import lrqdit
+heavy = {"diffusers", "numpy", "torch", "transformers"}
+assert not {"typer", *heavy} & set(sys.modules)
+from lrqdit.app.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    print(heavy & set(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "bench --help", "inspect"])
+def test_what_answers_at_once_imports_nothing_heavy(command, quantized):
+    folder = [str(quantized[0])] if command == "inspect" else []
+    command = [sys.executable, "-c", QUICK, *command.split(), *folder]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert child.stderr == "set()\n"
+    shown = {"--help": "quantize", "--version": lrqdit.__version__, "inspect": "bits per parameter"}
+    assert shown.get(command[3], "flux, pixart, wan") in child.stdout
 
 
 def test_doctor():

@@ -9,7 +9,6 @@ from PIL import Image
 from lrqdit.errors import ModelError
 from lrqdit.evaluation import metrics as evaluate
 from lrqdit.evaluation import pages
-from lrqdit.evaluation import tables as report
 from lrqdit.integrations.generation import Sample
 
 
@@ -97,20 +96,23 @@ def test_a_video_counts_as_its_frames():
 @pytest.mark.parametrize("size, cell, expected", [(64, 192, 192), (64, 200, 192), (32, 192, 192), (512, 192, 192)])
 def test_picture_grid_size_and_cells(size, cell, expected):
     red = Image.new("RGB", (size, size), (255, 0, 0))
-    grid = report.picture_grid([("original", [red] * 3), ("w4a8", [red] * 3)], ["a", "b", "c"], cell)
+    grid = pages.picture_grid([("original", [red] * 3), ("w4a8", [red] * 3)], ["a", "b", "c"], cell)
     assert (np.asarray(grid) == (255, 0, 0)).all(axis=-1).sum() == 6 * expected**2
     assert grid.width > 3 * cell and grid.height > 2 * cell
 
 
 def test_picture_grid_labels_are_drawn():
     white = Image.new("RGB", (64, 64), "white")
-    bare = report.picture_grid([("", [white])], [""])
-    labelled = report.picture_grid([("original", [white])], ["a very long prompt that has to be wrapped to be read"])
+    bare = pages.picture_grid([("", [white])], [""])
+    labelled = pages.picture_grid([("original", [white])], ["a very long prompt that has to be wrapped to be read"])
     assert labelled.width > bare.width and labelled.height > bare.height
     assert (np.asarray(labelled) < 128).sum() > 200
 
 
 def test_html_page_is_self_contained_and_escaped():
-    page = pages.html_page("<b>", [{"a": "<script>", "b": 1.23456}], Image.new("RGB", (8, 8)), ["x & y"])
+    page = pages.html_page(
+        "<b>", [{"a": "<script>", "b_c": 1.23456}, {"a": None, "b_c": 2}], Image.new("RGB", (8, 8)), ["x & y"]
+    )
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;" in page and "x &amp; y" in page
-    assert "1.235" in page and "data:image/png;base64," in page and "http" not in page
+    assert "<th>a</th><th>b c</th>" in page and "<td>1.235</td>" in page and "<td>-</td>" in page
+    assert "data:image/png;base64," in page and "http" not in page

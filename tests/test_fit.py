@@ -1,14 +1,16 @@
 import pytest
 import torch
+from conftest import dense
 from torch import nn
 
 from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import NumericalError, RotationError
 from lrqdit.fitting.compensate import measure_curvature
-from lrqdit.fitting.layer import keep_at_8_bits, quantize_linear
+from lrqdit.fitting.layer import FittedInput, quantize_linear, quantize_without_data
 from lrqdit.fitting.transform import choose_transform, data_free_transform, gaussian_clip
 from lrqdit.kernels import ops
+from lrqdit.models.registry import Treatment
 from lrqdit.numerics import codebook, rotation
 from lrqdit.numerics.tokens import dequantize_tokens, quantize_tokens
 
@@ -29,7 +31,8 @@ def fit(weight, x, bias=None, preset="w4a8", **settings):
     config = QuantizationConfig.from_name(preset, **settings)
     weight_bits, activation_bits = config.weight_bits, config.activation_bits
     transform, report = choose_transform({"layer": weight}, observe(x), config, weight_bits, activation_bits)
-    return quantize_linear("layer", weight, bias, transform, config, weight_bits, activation_bits, weight.dtype), report
+    shared = FittedInput(transform, activation_bits)
+    return quantize_linear("layer", dense(weight, bias), shared, weight_bits, config), report
 
 
 def varying_error(layer, x, weight, bias=None):
@@ -170,7 +173,7 @@ def test_group_with_one_transform():
     transform, report = choose_transform(weights, observe(x), config, 4, 8)
     assert report.names == ["q", "k"]
     for name, weight in weights.items():
-        layer = quantize_linear(name, weight, None, transform, config, 4, 8, torch.float32)
+        layer = quantize_linear(name, dense(weight), FittedInput(transform, 8), 4, config)
         assert varying_error(layer, x, weight) < 0.2
 
 
@@ -211,7 +214,7 @@ def test_bad_weights(bad, leaf):
     getattr(layer, leaf).data.flatten()[7] = bad
     transform = data_free_transform(48, QuantizationConfig(), 8)
     with pytest.raises(NumericalError, match=rf"blocks\.3\.to_q\.{leaf} contains NaN or Inf"):
-        quantize_linear("blocks.3.to_q", layer.weight, layer.bias, transform, QuantizationConfig(), 4, 8, torch.float32)
+        quantize_linear("blocks.3.to_q", layer, FittedInput(transform, 8), 4, QuantizationConfig())
 
 
 @pytest.mark.parametrize("policy", ["auto", "threshold", "outlier", "none", "hadamard", "block_hadamard"])
@@ -243,7 +246,7 @@ def test_seed_changes_the_signs():
 
 def test_keep_at_8_bits():
     layer, x = nn.Linear(48, 24), random(9, 48)
-    kept = keep_at_8_bits("proj_out", layer, QuantizationConfig())
+    kept = quantize_without_data("proj_out", layer, Treatment(8), QuantizationConfig())
     assert (kept.format.weight_bits, kept.format.input.activation_bits, kept.format.input.rotation) == (8, 16, "none")
     y = layer(x)
     assert (kept(x) - y).norm() < 0.01 * y.norm()
@@ -258,8 +261,8 @@ def test_compensated_rounding_is_used_when_asked_for():
     config = QuantizationConfig.from_name("w3a8", rounding="compensated")
     transform, report = choose_transform({"a": weight}, stats, config, 3, 8)
     curvature = measure_curvature(transform, stats, 8, config.damping)
-    layer = quantize_linear("a", weight, None, transform, config, 3, 8, torch.float32, None, curvature, report)
-    plain = quantize_linear("a", weight, None, transform, config, 3, 8, torch.float32)
+    layer = quantize_linear("a", dense(weight), FittedInput(transform, 8, curvature), 3, config, report)
+    plain = quantize_linear("a", dense(weight), FittedInput(transform, 8), 3, config)
     target = stats.tokens @ weight.T
     assert report.rounding["a"]["gptq"] < 0.5
     assert (layer(stats.tokens) - target).norm() < 0.7 * (plain(stats.tokens) - target).norm()

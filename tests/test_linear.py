@@ -8,11 +8,12 @@ import accelerate
 import peft
 import pytest
 import torch
+from conftest import dense
 from torch import nn
 
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ModelError
-from lrqdit.fitting.layer import quantize_linear
+from lrqdit.fitting.layer import FittedInput, quantize_linear
 from lrqdit.numerics.rotation import ROTATIONS, build
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
@@ -34,9 +35,8 @@ def make_transform(kind="hadamard", clip=0.9, has_offset=True):
 
 def make_layer(name="layer", seed=0, weight_bits=4, activation_bits=8, owner=None, has_bias=True, kind="hadamard"):
     weight, bias = random(OUT, WIDTH, seed=seed), random(OUT, seed=seed + 1) if has_bias else None
-    layer = quantize_linear(
-        name, weight, bias, make_transform(kind), CONFIG, weight_bits, activation_bits, torch.float32, owner
-    )
+    shared = FittedInput(make_transform(kind), activation_bits, owner=owner)
+    layer = quantize_linear(name, dense(weight, bias), shared, weight_bits, CONFIG)
     return layer.eval()
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import peft
@@ -7,10 +8,25 @@ from conftest import build_tiny_pipeline
 from tiny_models import TINY_MODELS, build_model
 from torch import nn
 
+from lrqdit.config import WEIGHT_BITS, QuantizationConfig
 from lrqdit.errors import ModelError
-from lrqdit.models.registry import GENERIC, MODELS, ModelSpec, call_arguments, find_spec, select_layers
+from lrqdit.models.registry import GENERIC, MODELS, Treatment, call_arguments, find_spec, plan
+from lrqdit.models.spec import ModelSpec
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+CONFIG = QuantizationConfig.from_name("w4a8", keep_bits=16)
+LOW_BIT, WEIGHT_ONLY_LAYER, KEPT_LAYER = Treatment(4, 8, WEIGHT_BITS), Treatment(4, 16, (4, 5, 6, 8)), Treatment(16)
+
+
+def sort_layers(model, *exclude):
+    """Names of a model's linear layers by treatment: low-bit, weight-only, kept."""
+    found = plan(model, dataclasses.replace(CONFIG, exclude=exclude))
+    assert set(found.values()) <= {LOW_BIT, WEIGHT_ONLY_LAYER, KEPT_LAYER}
+    return tuple(
+        [name for name in found if found[name] == treatment] for treatment in (LOW_BIT, WEIGHT_ONLY_LAYER, KEPT_LAYER)
+    )
 
 
 def names(prefix, *leaves):
@@ -74,14 +90,13 @@ def test_every_entry_is_tested():
 def test_selection(name):
     with torch.device("meta"):
         model = TINY_MODELS[name]()
-    selection = select_layers(model)
-    of_first_block = {n for n in selection.quantized if re.match(r"\w+\.0\.", n)}
+    quantized, weight_only, kept = sort_layers(model)
+    of_first_block = {n for n in quantized if re.match(r"\w+\.0\.", n)}
     assert of_first_block == EXPECTED[name]
-    assert set(selection.weight_only) == WEIGHT_ONLY.get(name, set())
+    assert set(weight_only) == WEIGHT_ONLY.get(name, set())
     linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    parts = (*selection.quantized, *selection.weight_only, *selection.kept)
-    assert sorted(parts) == sorted(linear)  # each layer once
-    assert any("proj_out" in n for n in selection.kept) and not any("emb" in n for n in selection.quantized)
+    assert sorted([*quantized, *weight_only, *kept]) == sorted(linear)  # each layer once
+    assert any("proj_out" in n for n in kept) and not any("emb" in n for n in quantized)
 
 
 def tree(*layer_names):
@@ -128,46 +143,65 @@ KEPT = [
 
 
 def test_generic_rule():
-    selection = select_layers(tree(*QUANTIZED, *KEPT))
-    assert set(selection.quantized) == set(QUANTIZED) and set(selection.kept) == set(KEPT)
+    quantized, _, kept = sort_layers(tree(*QUANTIZED, *KEPT))
+    assert set(quantized) == set(QUANTIZED) and set(kept) == set(KEPT)
 
 
 def test_module_without_blocks():
-    selection = select_layers(tree("first", "second", "proj_out"))
-    assert selection.quantized == ("first", "second") and selection.kept == ("proj_out",)
+    assert sort_layers(tree("first", "second", "proj_out")) == (["first", "second"], [], ["proj_out"])
 
 
 def test_subclasses_of_linear_are_left_alone():
     model = nn.TransformerEncoderLayer(8, 2, 16)
-    selection = select_layers(model)
-    assert set(selection.quantized) == {"linear1", "linear2"}  # not self_attn.out_proj, which reads .weight
+    assert set(sort_layers(model)[0]) == {"linear1", "linear2"}  # not self_attn.out_proj, which reads .weight
 
 
 def test_adapters_must_be_fused_first():
     model = build_model("FluxTransformer2DModel")
     model.add_adapter(peft.LoraConfig(target_modules=["to_q"], r=2))
     with pytest.raises(ModelError, match=r"adapter at transformer_blocks\.0\.attn\.to_q; fuse it"):
-        select_layers(model)
+        plan(model, CONFIG)
 
 
 def test_exclude():
     model = tree("blocks.0.q", "blocks.0.k", "blocks.1.q")
-    assert select_layers(model, (r"\.q$",)).quantized == ("blocks.0.k",)
+    assert sort_layers(model, r"\.q$")[0] == ["blocks.0.k"]
     with pytest.raises(
         ModelError, match=r"exclude='z' matches no linear layer of Module; its layers are named like blocks"
     ):
-        select_layers(model, ("z",))
-    with pytest.raises(ModelError, match=r"no linear layer to quantize \(3 found, 3 kept\)"):
-        select_layers(model, ("q", "k"))
-    with pytest.raises(ModelError, match=r"\(0 found, 0 kept\)"):
-        select_layers(nn.Conv2d(1, 1, 1))
+        plan(model, dataclasses.replace(CONFIG, exclude=("z",)))
+    with pytest.raises(ModelError, match=r"no linear layer to quantize \(3 found\)"):
+        plan(model, dataclasses.replace(CONFIG, exclude=("q", "k")))
+    with pytest.raises(ModelError, match=r"\(0 found\)"):
+        plan(nn.Conv2d(1, 1, 1), CONFIG)
     with pytest.raises(ModelError, match="it has none"):
-        select_layers(nn.Conv2d(1, 1, 1), ("a",))
+        plan(nn.Conv2d(1, 1, 1), dataclasses.replace(CONFIG, exclude=("a",)))
 
 
 def test_exclude_reaches_weight_only_layers():
-    selection = select_layers(build_model("FluxTransformer2DModel"), (r"norm\.linear",))
-    assert "single_transformer_blocks.0.norm.linear" in selection.kept
+    kept = sort_layers(build_model("FluxTransformer2DModel"), r"norm\.linear")[2]
+    assert "single_transformer_blocks.0.norm.linear" in kept
+
+
+def test_bits_of_treatments():
+    """Weight-only layers get at least 4 bits and float inputs; with a budget errors are compared at 4 bits or fewer."""
+    model = build_model("FluxTransformer2DModel")
+
+    def bits(preset, **settings):
+        found = plan(model, QuantizationConfig.from_name(preset, **settings))
+        leaves = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.norm1.linear", "context_embedder", "proj_out"
+        return [(found[leaf].weight_bits, found[leaf].activation_bits) for leaf in leaves]
+
+    assert bits("w3a8") == [(3, 8), (4, 16), (16, 16), (16, 16)]  # kept layers of this size stay as they are
+    assert bits("w6a4") == [(6, 4), (6, 16), (16, 16), (16, 16)]
+    assert bits("w6a4", average_bits=5.0) == [(4, 4), (4, 16), (16, 16), (16, 16)]
+
+
+def test_large_kept_layers_are_stored_at_8_bits():
+    layers = nn.ModuleDict({"blocks": nn.ModuleDict({"0": nn.Linear(64, 64)}), "norm_out": nn.Linear(64, 64)})
+    found = plan(layers, QuantizationConfig())
+    assert found["norm_out"] == Treatment(8) and not found["norm_out"].is_fitted
+    assert plan(layers, QuantizationConfig(keep_bits=16))["norm_out"] == KEPT_LAYER
 
 
 def test_find_spec():

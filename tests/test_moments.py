@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lrqdit.calibration.moments import PROJECTIONS, SecondMoment, project_gradient
-from lrqdit.calibration.observer import Observer
+from lrqdit.calibration.observer import Observer, Sampling
 
 
 def random(*shape, seed=0):
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 def observe(module, calls, **arguments):
     names = tuple(name for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
-    observer = Observer(module, names, 64, 0, moment_bytes=1 << 20, **arguments)
+    observer = Observer(module, names, Sampling(64, 0, moment_bytes=1 << 20, **arguments))
     with observer, torch.no_grad():
         for call in calls:
             module(*call)

@@ -1,8 +1,10 @@
 """The native CPU kernels against the torch reference, on every instruction set this CPU has."""
 
+import ctypes
 import gc
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,11 +26,12 @@ from lrqdit import native
 from lrqdit.config import TRELLIS_BITS, WEIGHT_BITS
 from lrqdit.errors import KernelError
 from lrqdit.kernels import cpu as kernels
+from lrqdit.kernels import cpu_attention as attention
 from lrqdit.kernels import ops
 from lrqdit.kernels.ops import Rounding, Tokens, TransformArgs, WeightArgs
-from lrqdit.numerics import rotation
+from lrqdit.numerics import codebook, rotation, trellis
 from lrqdit.numerics.packing import pack
-from lrqdit.numerics.shapes import packed_shape
+from lrqdit.numerics.shapes import BUTTERFLY_COST, packed_shape
 from lrqdit.numerics.tokens import InputTransform, normal_lookup
 from lrqdit.packed.linear import QuantLinear
 
@@ -343,13 +346,13 @@ def test_choice_by_environment(variable, monkeypatch):
 
 def test_choice_of_nonsense(monkeypatch):
     monkeypatch.setenv(native.ENVIRONMENT, "nonsense")
-    with pytest.raises(KernelError, match=r"LRQDIT_KERNELS=nonsense: .*it may be reference, .*serial$"):
+    with pytest.raises(KernelError, match=r"LRQDIT_KERNELS=nonsense: .*; set one of reference, .*serial, or none$"):
         native._start()
 
 
 SCRIPT = """
 import sys, types
-package = types.ModuleType("lrqdit")  # without __init__.py, which imports diffusers
+package = types.ModuleType("lrqdit")  # without __init__.py
 package.__path__ = sys.argv[1:]
 sys.modules["lrqdit"] = package
 import torch
@@ -394,6 +397,74 @@ def test_library_of_another_version(monkeypatch):
     monkeypatch.setattr(native, "ABI_VERSION", 99)
     with pytest.raises(KernelError, match=f"has interface version {version}, this package needs 99; reinstall"):
         native.load(native.find_library())
+
+
+HEADER = Path(__file__).parents[1] / "csrc" / "lrqdit.h"
+STRUCTURES = {
+    f"lrq_{s.__name__.lower()}": s for s in ctypes.Structure.__subclasses__() if s.__module__ == native.__name__
+}
+
+
+def test_structures_have_the_size_of_the_library():
+    assert set(STRUCTURES) == {"lrq_matrix", "lrq_transform", "lrq_weight", "lrq_principal", "lrq_attention"}
+    for name, structure in STRUCTURES.items():
+        assert native.LIBRARY.lrq_size_of(name.encode()) == ctypes.sizeof(structure), name
+    assert native.LIBRARY.lrq_size_of(b"lrq_nothing") == 0
+
+
+def test_constants_are_those_of_the_library(monkeypatch):
+    expected = {
+        "BUTTERFLIES": tuple(BUTTERFLY_COST),
+        "MAX_HEAD_WIDTH": attention.MAX_WIDTH,
+        **{name: getattr(codebook, name) for name in ("BINS", "COARSE", "MIDDLE", "POLISHES", "SLOTS")},
+        **{name: getattr(trellis, name) for name in ("STATES", "HISTORY", "STEPS_PER_SHIFT")},
+        **{str(dtype).removeprefix("torch.").upper(): code for dtype, code in kernels.TYPE_CODES.items()},
+        **{name.upper(): code for name, code in kernels.ROTATION_CODES.items()},
+    }
+    for name, value in expected.items():
+        assert native.constant(f"LRQ_{name}") == (value if isinstance(value, tuple) else (value,)), name
+    assert (kernels.MAX_RANK,) == native.constant("LRQ_MAX_RANK") and kernels.MAX_RANK >= 1
+    assert native.constant("LRQ_NOTHING") == ()
+    monkeypatch.setattr(native, "LIBRARY", None)
+    assert native.constant("LRQ_BINS") == ()
+
+
+def read_header() -> str:
+    """The header without comments and preprocessor lines."""
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
+    return re.sub(r"^#(.*\\\n)*.*$", "", text, flags=re.M)
+
+
+def c_type(declaration: str) -> type | None:
+    kinds = {"void": None, "int": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double}
+    kinds |= {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64}
+    return ctypes.c_void_p if "*" in declaration else kinds[declaration.split()[0]]
+
+
+def plain(declared: type) -> type:
+    """All pointers alike."""
+    return ctypes.c_void_p if declared is ctypes.c_char_p or issubclass(declared, ctypes._Pointer) else declared
+
+
+@pytest.mark.skipif(not HEADER.is_file(), reason="needs the sources")
+def test_declarations_are_those_of_the_header():
+    header, functions = read_header(), {}
+    for result, name, arguments in re.findall(r"LRQ_EXPORT ([\w ]+\W)(lrq_\w+)\(([^)]*)\);", header):
+        functions[name] = c_type(result), [c_type(a) for a in arguments.split(",") if a.strip() != "void"]
+    declared = {name: (plain(result), [*map(plain, rest)]) for name, (result, rest) in native._FUNCTIONS.items()}
+    assert functions == declared
+
+    for body, name in re.findall(r"typedef struct \{(.*?)\} (\w+);", header, flags=re.S):
+        fields = []
+        for declaration in filter(str.strip, body.split(";")):
+            first, *others = declaration.split(",")
+            base = re.match(r"\s*(?:const )?(\w+)", first).group(1)
+            for one in (first, *(f"{base} {other}" for other in others)):
+                found = re.search(r"(\w+)(?:\[(\d+)\])?\s*$", one)
+                fields.append((found.group(1), c_type(one.replace("const ", "")), int(found.group(2) or 0)))
+        for (field, kind), (wanted, wanted_kind, count) in zip(STRUCTURES[name]._fields_, fields, strict=True):
+            assert field == wanted
+            assert kind is wanted_kind * count if count else plain(kind) is wanted_kind, (name, field)
 
 
 @pytest.mark.parametrize("size", [0, 40, 1000, 100_000, -1])

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import linear_format
+from conftest import dense, linear_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fit import fit, observe, random
@@ -12,7 +12,7 @@ from lrqdit import native
 from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError
-from lrqdit.fitting.layer import quantize_linear
+from lrqdit.fitting.layer import FittedInput, quantize_linear
 from lrqdit.fitting.transform import choose_transform
 from lrqdit.kernels import ops, principal
 from lrqdit.kernels.cpu import LayerCalls
@@ -41,7 +41,7 @@ def stats_of(x):
 def quantized(weight, x, bias=None, preset="w4a4", **changes):
     config = QuantizationConfig.from_name(preset, **{**FAST, **changes})
     transform, report = choose_transform({"layer": weight}, stats_of(x), config, config.weight_bits, 4)
-    layer = quantize_linear("layer", weight, bias, transform, config, config.weight_bits, 4, weight.dtype)
+    layer = quantize_linear("layer", dense(weight, bias), FittedInput(transform, 4), config.weight_bits, config)
     return layer, report
 
 

@@ -1,10 +1,19 @@
+import copy
+import inspect
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import build_tiny_pipeline
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline
+from PIL import Image
 from torch import nn
 
 import lrqdit
-from lrqdit.calibration.steps import MAX_CALLS, MAX_ROWS, Call, Step, StepRecorder, recorded_steps
+from lrqdit.calibration.steps import MAX_CALLS, MAX_ROWS, Call, Step, StepRecorder, recorded_steps, watched_scheduler
+from lrqdit.errors import ModelError
+from lrqdit.integrations.generation import call_pipeline
 
 
 def random(*shape, seed=0):
@@ -41,7 +50,7 @@ def record(model, loop, scheduler=None, seed=0, is_held_out=lambda: False):
     recorder = StepRecorder(seed, is_held_out)
     with recorded_steps({"model": model}, scheduler, {"model": recorder}), torch.no_grad():
         loop()
-    assert not model._forward_hooks and not {"step", "set_timesteps"} & set(vars(scheduler or object))
+    assert not model._forward_hooks and (scheduler is None or type(scheduler) is Scheduler)
     return recorder.steps()
 
 
@@ -128,4 +137,72 @@ def test_a_pipeline():
         assert (
             call.tensors[call.structure["list"][1]["dict"]["timestep"]["tensor"]].max() <= 500
         )  # the last two of four
-    assert "step" not in vars(pipeline.scheduler)
+    assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
+
+
+class Watch:
+    """What :func:`watched_scheduler` tells of a scheduler."""
+
+    def __init__(self, scheduler):
+        self.steps, self.starts = [], 0
+        self.context = watched_scheduler(scheduler, lambda *step: self.steps.append(step), self.start)
+
+    def start(self):
+        self.starts += 1
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+def test_a_watched_scheduler_and_its_copies(kind):
+    scheduler, x = kind(), torch.zeros(1, 2, 4, 4)
+    names = "step", "set_timesteps"
+    signatures = [inspect.signature(getattr(scheduler, name)) for name in names]
+    outer, inner = Watch(scheduler), Watch(scheduler)
+    with outer.context, inner.context:
+        assert [inspect.signature(getattr(scheduler, name)) for name in names] == signatures
+        assert isinstance(scheduler, kind) and repr(scheduler) == repr(kind())
+        scheduler.set_timesteps(3)
+        first, second = copy.deepcopy(scheduler), copy.deepcopy(scheduler)
+        for stepped in (scheduler, first, scheduler):
+            result = stepped.step(x + 1, stepped.timesteps[0], sample=x, return_dict=False)
+        second.step(model_output=x, timestep=second.timesteps[0], sample=x)
+        assert (scheduler.step_index, first.step_index, second.step_index) == (2, 1, 1)
+        for protocol in (0, 2, pickle.HIGHEST_PROTOCOL):
+            assert type(pickle.loads(pickle.dumps(first, protocol))) is kind
+    for watch in (outer, inner):
+        assert [stepped for stepped, _, _ in watch.steps] == [scheduler, first, scheduler, second]
+        assert watch.starts == 1 and watch.steps[2][2] is result and torch.equal(watch.steps[2][1], x + 1)
+    assert type(scheduler) is kind
+    for left in (scheduler, first, copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        left.set_timesteps(2)
+        left.step(x, left.timesteps[0], sample=x)
+    assert len(outer.steps) == len(inner.steps) == 4 and outer.starts == inner.starts == 1
+    with pytest.raises(ZeroDivisionError), watched_scheduler(scheduler, print):
+        raise ZeroDivisionError
+    assert type(scheduler) is kind
+    with watched_scheduler(None, print):
+        pass
+
+
+class Sounding(PixArtAlphaPipeline):
+    """A pipeline with a copy of its scheduler for something else, as those have that make sound, too."""
+
+    def __call__(self, prompt, generator=None, num_inference_steps=2, output_type="pil"):
+        x = torch.randn(1, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        other = copy.deepcopy(self.scheduler)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(x, t, x).prev_sample
+            other.step(x[:, :1], t, x[:, :1])
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))], x=x)
+
+
+def test_the_latents_are_those_of_the_pipelines_own_scheduler():
+    pipeline = Sounding(**build_tiny_pipeline().components)
+    output, latents = call_pipeline(pipeline, ["a"], [0], {"num_inference_steps": 3, "height": None})
+    assert latents.shape == (1, 4) and torch.equal(latents, output.x)
+    with pytest.raises(ModelError, match="Sounding takes no guidance_scale"):
+        call_pipeline(pipeline, ["a"], [0], {"guidance_scale": 3.0})
+    with pytest.raises(ModelError, match=r"Sounding refuses its input \(num_inference_steps='many'\)"):
+        call_pipeline(pipeline, ["a"], [0], {"num_inference_steps": "many"})
+    with pytest.raises(ModelError, match="Sounding took no step"):
+        call_pipeline(pipeline, ["a"], [0], {"num_inference_steps": 0})

@@ -271,7 +271,7 @@ def test_choice_of_kernels(monkeypatch):
     monkeypatch.setenv(gpu.OVERRIDE, "reference")
     assert choose(device).kernels == "reference"
     monkeypatch.setenv(gpu.OVERRIDE, "cuda")
-    with pytest.raises(ConfigError, match="LRQDIT_KERNELS='cuda'"):
+    with pytest.raises(ConfigError, match="LRQDIT_GPU_KERNELS='cuda'"):
         choose(device)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv(gpu.OVERRIDE, "triton")

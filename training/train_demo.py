@@ -3,7 +3,7 @@
     python training/train_demo.py vae          # AutoencoderKL, factor 4, 4 latent channels
     python training/train_demo.py text         # byte-level T5 encoder: name the emoji from any token of its caption
     python training/train_demo.py transformer  # PixArtTransformer2DModel and the encoder, together
-    python training/train_demo.py export --out src/lrqdit/demo_model
+    python training/train_demo.py export
 
 Runs on a CPU or a GPU. Every stage resumes from its last state in ``--work``; all randomness of a step derives from
 (``--seed``, step), so an interrupted run continues as if it had not been. The learning rate warms up, stays, and decays
@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vae", "text", "transformer", "export"])
     parser.add_argument("--work", type=Path, default=Path("training/work"), help="states, logs and the downloaded data")
-    parser.add_argument("--out", type=Path, default=Path("src/lrqdit/demo_model"))
+    parser.add_argument("--out", type=Path, default=Path("demo/lrqdit_demo/model"))
     parser.add_argument("--steps", type=int, default=0, help="total steps (default: 1600, 500, 4000)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

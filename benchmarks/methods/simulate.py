@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.methods.recipes import Recipe
 from lrqdit.calibration.statistics import ActivationStats, InputGroup
-from lrqdit.fitting.compensate import damp_moment, factorize, transform_moment
+from lrqdit.fitting.compensate import factorize, gptq, transform_moment
 from lrqdit.kernels import ops
 from lrqdit.numerics import rotation
 from lrqdit.numerics.codebook import fit
@@ -200,20 +200,26 @@ def _signed(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+def damp_moment(moment: Tensor, damping: float) -> Tensor:
+    """moment + damping * mean(diag) * I, float64, its mean diagonal 1; that of a constant input is I."""
+    moment = moment.double()
+    variance = float(moment.diagonal().mean())
+    if not variance > 0:
+        return torch.eye(len(moment), dtype=torch.float64)
+    moment = moment / variance
+    moment.diagonal().add_(damping)
+    return moment / (1 + damping)
+
+
 def compensated(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
     """GPTQ (arXiv 2210.17323) on a grid: the rounded weight, columns in descending order of diag(H)."""
-    order, upper = factorize(hessian)
-    left, rounded = weight[:, order], torch.empty_like(weight)
-    for start in range(0, weight.shape[1], 128):
-        stop = min(start + 128, weight.shape[1])
-        errors = torch.empty(len(weight), stop - start)
-        for column in range(start, stop):
-            place = order[column : column + 1]
-            value = grid.round(left[:, column : column + 1], place)
-            error = (left[:, column : column + 1] - value) / upper[column, column]
-            left[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
-            rounded[:, place], errors[:, column - start] = value, error[:, 0]
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    rounded = torch.empty_like(weight)
+
+    def round_column(values: Tensor, column: int) -> Tensor:
+        rounded[:, column : column + 1] = grid.round(values, torch.tensor([column]))
+        return rounded[:, column : column + 1]
+
+    gptq(weight, *factorize(hessian), round_column)
     return rounded
 
 

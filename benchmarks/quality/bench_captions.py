@@ -22,6 +22,7 @@ from PIL import Image
 
 import lrqdit
 from lrqdit.app import demo
+from lrqdit.integrations.generation import call_pipeline
 
 DATA = Path(__file__).parents[1] / "data"
 CAPTIONS = 64
@@ -44,14 +45,11 @@ def choose_captions(entries: list[dict]) -> list[int]:
 
 def generate(pipeline: DiffusionPipeline, captions: list[str], seed: int) -> torch.Tensor:
     """Pictures of the captions, float32 (count, 3, 64, 64) in [0, 255]; each caption has a seed of its own."""
-    pictures = []
+    pictures, given = [], {"num_inference_steps": demo.STEPS, "guidance_scale": demo.GUIDANCE_SCALE}
     for start in range(0, len(captions), 16):
         batch = captions[start : start + 16]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        images = pipeline(
-            batch, generator=generators, num_inference_steps=demo.STEPS, guidance_scale=demo.GUIDANCE_SCALE,
-            output_type="np", use_resolution_binning=False, clean_caption=False,
-        ).images  # fmt: skip
+        seeds = [seed + start + i for i in range(len(batch))]
+        images = call_pipeline(pipeline, batch, seeds, given, "np")[0].images
         pictures.append(torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float() * 255)
     return torch.cat(pictures)
 
@@ -81,13 +79,12 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     rows, calibration = [], None
     for name in ["original", *args.models]:
-        folder = Path(name) if Path(name).is_dir() else demo.MODEL_FOLDER
+        folder = Path(name) if Path(name).is_dir() else demo.find_model()
         pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
-        pipeline.set_progress_bar_config(disable=True)
         if name != "original" and not Path(name).is_dir():
             if calibration is None:
                 calibration = lrqdit.observe(
-                    pipeline, prompts=demo.CALIBRATION_PROMPTS, steps=demo.CALIBRATION_STEPS,
+                    pipeline, prompts=demo.captions("calibration"), steps=demo.CALIBRATION_STEPS,
                     guidance_scale=demo.GUIDANCE_SCALE, batch_size=8,
                 )  # fmt: skip
             lrqdit.quantize(pipeline, name, calibration=calibration, mode=args.mode)

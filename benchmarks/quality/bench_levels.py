@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import read_processor
-from lrqdit.app.demo import MODEL_FOLDER
+from lrqdit.app.demo import find_model
 from lrqdit.config import TRELLIS_BITS
 from lrqdit.numerics import trellis
 from lrqdit.numerics.codebook import fit, relative_error
@@ -31,7 +31,6 @@ COLUMNS = {
     "lloyd_max": ("lloyd_max", "layer"),
     "lloyd_max_row": ("lloyd_max", "row"),
 }
-DEMO_FOLDER = MODEL_FOLDER / "transformer"
 DEMO_NAMES = re.compile(r"transformer_blocks\..*\.?(attn|ff).*weight$")
 DEMO_WEIGHTS = 4_000_000
 
@@ -71,10 +70,8 @@ def measure_scales(weight: Tensor) -> dict[str, dict[str, float]]:
 
 
 def read_demo_weights() -> list[Tensor]:
-    """Return weights of the demo model's blocks, evenly drawn from its layers, or none if it is not there."""
-    files = sorted(DEMO_FOLDER.glob("*.safetensors"))
-    if not files:
-        return []
+    """Return weights of the demo model's blocks, evenly drawn from its layers."""
+    files = sorted((find_model() / "transformer").glob("*.safetensors"))
     from safetensors import safe_open
 
     weights = []
@@ -128,11 +125,7 @@ def main() -> None:
     scales = measure_scales(gaussian)
     student_errors = measure_all(f"Student-t rows, 4 degrees of freedom, {shape[0]} x {shape[1]}", [student])
     weights = read_demo_weights()
-    if weights:
-        demo = measure_all(f"Demo model, mean over {len(weights)} layers of its blocks, not rotated", weights)
-    else:
-        demo = None
-        print(f"\nDemo model: skipped, there are no safetensors files in {DEMO_FOLDER}")
+    demo = measure_all(f"Demo model, mean over {len(weights)} layers of its blocks, not rotated", weights)
     results = {
         "machine": machine,
         "gaussian": {bits: max(by_scale.values()) for bits, by_scale in scales.items()},

@@ -21,10 +21,10 @@ where it is installed and has the setting.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,18 +37,18 @@ from benchmarks.methods.recipes import RECIPES
 from benchmarks.methods.simulate import simulate
 from benchmarks.quality import bench_captions
 from lrqdit.app import demo
-from lrqdit.calibration.runs import RunFolder, fingerprint
+from lrqdit.calibration.runs import RunFolder, describe_run
 from lrqdit.calibration.statistics import ActivationStats, InputGroup
 from lrqdit.calibration.steps import Calibration
 from lrqdit.config import QuantizationConfig
 from lrqdit.evaluation import metrics as evaluate
-from lrqdit.evaluation.tables import picture_grid
+from lrqdit.evaluation.pages import picture_grid
 from lrqdit.fitting.compensate import measure_curvature
-from lrqdit.fitting.layer import quantize_linear
+from lrqdit.fitting.layer import FittedInput, quantize_linear
 from lrqdit.fitting.transform import choose_transform
 from lrqdit.integrations import generation, pipelines
 from lrqdit.models import prompts
-from lrqdit.models import registry as models
+from lrqdit.packed.files import write_atomically
 from lrqdit.packed.size import measure_size
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.json"
@@ -81,18 +81,14 @@ def generate(
 ) -> list[generation.Sample]:
     """A picture for each prompt with a seed of its own, in batches; places: where some prompts stand among all."""
     samples, places = [], places or range(len(prompts))
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pil"}
-    call = {name: value for name, value in call.items() if value is not None} | models.call_arguments(pipeline)
-    pipeline.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         seeds = [SEED + place for place in places[start : start + BATCH]]
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        with generation._recorded_latents(pipeline) as latents, torch.no_grad():
-            images = pipeline(prompt=batch, generator=generators, **call).images
-        kept = latents[-1].detach().float().cpu()
+        output, latents = generation.call_pipeline(pipeline, batch, seeds, given)
         samples += [
-            generation.Sample(prompt, seeds[i], (images[i],), kept[i : i + 1]) for i, prompt in enumerate(batch)
+            generation.Sample(prompt, seeds[i], (output.images[i],), latents[i : i + 1])
+            for i, prompt in enumerate(batch)
         ]
     return samples
 
@@ -153,9 +149,9 @@ class Bench:
     """One model, its prompts, its original pictures and its calibration."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.folder, self.steps, self.guidance = args.model, args.steps, args.guidance_scale
+        self.folder, self.steps, self.guidance = args.model or demo.find_model(), args.steps, args.guidance_scale
         self.work = args.work
-        self.is_demo = args.model == demo.MODEL_FOLDER
+        self.is_demo = args.model is None
         if args.prompts:
             self.prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
         elif self.is_demo:
@@ -164,14 +160,14 @@ class Bench:
             self.prompts = [self.entries[i]["name"] for i in self.chosen]
         else:
             self.prompts = list(prompts.EVALUATION_PROMPTS)
-        self.calibration_prompts = list(demo.CALIBRATION_PROMPTS if self.is_demo else prompts.CALIBRATION_PROMPTS)
+        self.calibration_prompts = list(demo.captions("calibration") if self.is_demo else prompts.CALIBRATION_PROMPTS)
         if args.calibration_prompts:
             lines = args.calibration_prompts.read_text().splitlines()
             self.calibration_prompts = [line.strip() for line in lines if line.strip()]
         if set(self.prompts) & set(self.calibration_prompts):
             raise SystemExit("some prompts are also calibration prompts")
         self._calibration: dict[str, Calibration] | None = None
-        self.original = load(args.model)
+        self.original = load(self.folder)
         self.references: list[generation.Sample] = []
 
     def setup(self) -> dict[str, Any]:
@@ -189,7 +185,7 @@ class Bench:
             modules = pipelines.denoisers(self.original)
             values = {**self.setup(), "prompts": self.calibration_prompts}
             folders = {
-                name: RunFolder(self.work / name, fingerprint(values, module=module))
+                name: RunFolder(self.work / name, describe_run(module, setup=values))
                 for name, module in modules.items()
             }
             kept = {name: folder.load_calibration() for name, folder in folders.items()}
@@ -370,9 +366,9 @@ def run_layers(bits: tuple[str, ...], width: int = 1152, height: int = 384) -> l
                     curvature = None
                     if config.rounding == "compensated":
                         curvature = measure_curvature(transform, stats, both[1], config.damping)
-                    layer: nn.Module = quantize_linear(
-                        "layer", weight, None, transform, config, *both, torch.float32, None, curvature, report
-                    )
+                    shared = FittedInput(transform, both[1], curvature)
+                    dense = SimpleNamespace(weight=weight, bias=None)
+                    layer: nn.Module = quantize_linear("layer", dense, shared, both[0], config, report)
                     true_bits = packages.stored_bits(layer) / weight.numel()
                 else:
                     model = nn.Sequential(nn.Linear(width, height, bias=False))
@@ -429,14 +425,12 @@ def draw_pictures(args: argparse.Namespace) -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1))
-    os.replace(partial, path)
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(results, indent=1)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=demo.MODEL_FOLDER, help="folder of a diffusers pipeline")
+    parser.add_argument("--model", type=Path, help="folder of a diffusers pipeline; the demo model if not given")
     parser.add_argument("--prompts", type=Path, help="one prompt in each line")
     parser.add_argument("--calibration-prompts", type=Path, help="one prompt in each line")
     parser.add_argument("--presets", nargs="+", choices=(*PRESETS, *PACKAGES))

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lrqdit
-from benchmarks.machine import read_processor
+from benchmarks.machine import measure_peak, read_processor
 from lrqdit import native
 from lrqdit.config import QuantizationConfig
 from lrqdit.packed.linear import QuantLinear
@@ -219,7 +219,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
     with torch.no_grad():
         times = measure(contenders, seconds)
         cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
-        peak = native.measure_peak() if native.LIBRARY is not None else math.nan
+        peak = measure_peak() if native.is_available() else math.nan
         ratios, own = {}, {"ours": contenders[f"ours {presets[0]}"]}
         for name, build in PEERS.items() if has_peers else ():
             try:
@@ -285,7 +285,8 @@ def main() -> None:
         for shape in SHAPES[group]:
             layers += measure_shape(shape, presets, arguments.seconds, not arguments.without_peers)
     large = [layer["ratio_to_bf16"] for layer in layers if layer["shape"][0] >= 1024]
-    summary = {"threads": arguments.threads, "isa": native.describe()[0], "buffers_reused": is_kept}
+    machine = {"processor": read_processor(), "threads": arguments.threads}
+    summary = {"machine": machine, "threads": arguments.threads, "isa": native.describe()[0], "buffers_reused": is_kept}
     if large:
         summary |= {"geometric_mean": statistics.geometric_mean(large), "smallest": min(large)}
         print(

@@ -195,7 +195,7 @@ def main() -> None:
     machine = {"processor": read_processor(), "threads": arguments.threads, "torch": torch.__version__}
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print("\n".join(native.describe()))
-    if native.LIBRARY is None:
+    if not native.is_available():
         raise SystemExit("nothing to compare without the native library")
     peers = find_peers()
     for name, why in peers.items():

@@ -171,6 +171,7 @@ def main() -> None:
     for part in parts["bfloat16"]:
         print(f"  {part:<52}" + "".join(f"{parts[name][part]:22.3f} s" for name in models))
     result = {
+        "machine": {"processor": read_processor(), "threads": arguments.threads},
         "preset": arguments.preset,
         "pixels": arguments.pixels,
         "threads": arguments.threads,

@@ -1289,6 +1289,12 @@ void test_bad_arguments() {
 
 void test_instruction_sets() {
     check(lrq_abi_version() == LRQ_ABI_VERSION, "interface version");
+    check(lrq_size_of("lrq_weight") == sizeof(lrq_weight), "the size of a structure");
+    check(!lrq_size_of("lrq_nothing") && !lrq_size_of(nullptr), "the size of no structure");
+    const int64_t *values = nullptr;
+    check(lrq_constant("LRQ_BUTTERFLIES", &values) == 3 && values[0] == 12 && values[2] == 28, "a constant of three values");
+    check(lrq_constant("LRQ_MAX_RANK", &values) == 1 && *values == LRQ_MAX_RANK, "a constant");
+    check(!lrq_constant("LRQ_NOTHING", &values) && !lrq_constant(nullptr, &values), "no constant");
     check(lrq_isa_count() >= 1 && std::string(lrq_isa_name(lrq_isa_count() - 1)) == "serial", "serial is the last");
     check(!*lrq_isa_missing(lrq_isa_count() - 1), "serial runs everywhere");
     check(!*lrq_isa_name(-1) && !*lrq_isa_name(99) && *lrq_isa_missing(99), "indices out of range");

@@ -5,29 +5,12 @@ learns of the format when it is imported, before or after.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lrqdit.integrations import register_with_diffusers
 
-if TYPE_CHECKING:
-    from lrqdit import kernels as kernels
-    from lrqdit import native as native
-    from lrqdit.api import observe as observe
-    from lrqdit.api import quantize as quantize
-    from lrqdit.config import QuantizationConfig as QuantizationConfig
-    from lrqdit.errors import LrqditError as LrqditError
-    from lrqdit.fitting.reports import CalibrationReport as CalibrationReport
-    from lrqdit.integrations.diffusers import LRQDiTConfig as LRQDiTConfig
-    from lrqdit.kernels import cpu_attention as attention  # noqa: F401
-    from lrqdit.numerics import codebook as codebook
-    from lrqdit.numerics import rotation as rotation
-    from lrqdit.packed.checkpoint import load_checkpoint as load_checkpoint
-    from lrqdit.packed.checkpoint import save_checkpoint as save_checkpoint
-    from lrqdit.packed.linear import QuantLinear as QuantLinear
-    from lrqdit.packed.size import measure_size as measure_size
-
 __version__ = "0.1.0"
-# public name: the module it is in, or is
+# public name: the module it is in, or is; type checkers read __init__.pyi
 _PUBLIC = {
     "CalibrationReport": "lrqdit.fitting.reports",
     "LRQDiTConfig": "lrqdit.integrations.diffusers",
@@ -45,7 +28,7 @@ _PUBLIC = {
     "rotation": "lrqdit.numerics.rotation",
     "save_checkpoint": "lrqdit.packed.checkpoint",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

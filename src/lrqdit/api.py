@@ -1,4 +1,4 @@
-"""The main job: calibrate a model on its denoising loop, quantize its linear layers group by group, replace them."""
+"""The public calls: observe a model on its denoising loop once; quantize it, in place."""
 
 import contextlib
 import math
@@ -12,23 +12,24 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
-from lrqdit.calibration.observer import Observer
-from lrqdit.calibration.runs import RunFolder, fingerprint
+from lrqdit import native
+from lrqdit.calibration.observer import Observer, Sampling
+from lrqdit.calibration.runs import RunFolder, describe_run
 from lrqdit.calibration.steps import Calibration, StepRecorder, recorded_steps
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError
-from lrqdit.fitting.bits import check_budget
-from lrqdit.fitting.job import quantize_module
+from lrqdit.fitting.bits import Probe, Rest, check_budget
+from lrqdit.fitting.job import Job
 from lrqdit.fitting.layer import check_finite
 from lrqdit.fitting.reports import CalibrationReport, GroupReport
 from lrqdit.integrations import diffusers as diffusers_plugin
 from lrqdit.integrations.generation import pipeline_loop
 from lrqdit.kernels import cpu_attention as attention
+from lrqdit.models import PIPELINE_COMPONENTS
 from lrqdit.models import registry as models
 from lrqdit.models.prompts import CALIBRATION_PROMPTS
 from lrqdit.numerics.codebook import CODEBOOKS
 from lrqdit.packed import checkpoint
-from lrqdit.packed.format import FORMAT_VERSION
 from lrqdit.packed.linear import QuantLinear
 from lrqdit.packed.size import measure_size
 
@@ -82,71 +83,77 @@ def quantize(
         NumericalError: for NaN or Inf in weights or calibration activations.
     """
     config = _build_config(preset, settings)
-    modules = _find_modules(target)
+    native.is_available()  # a library at fault is an error now, not after the calibration
+    modules, dtypes = _find_modules(target), stored_dtypes or {}
     for name, module in modules.items():
         diffusers_plugin.check_not_quantized(module, name)
-    selections = {name: models.select_layers(module, config.exclude) for name, module in modules.items()}
+    plans = {name: models.plan(module, config) for name, module in modules.items()}
+    layers = {name: models.linear_layers(module) for name, module in modules.items()}
+    rests = {name: Rest.of(module, plans[name], dtypes.get(name)) for name, module in modules.items()}
     if config.average_bits is not None:
         if not is_calibrated:
             raise ConfigError("average_bits needs calibration: it must know what each layer's bits do to the output")
-        for name, module in modules.items():
-            check_budget(module, selections[name], config, (stored_dtypes or {}).get(name))
-    is_observed = is_calibrated and calibration is None
-    if is_observed and forward_loop is None:
+        for name in modules:
+            check_budget(layers[name], plans[name], rests[name], config)
+    if is_calibrated and calibration is None and forward_loop is None:
         prompts = _check_prompts(target, prompts)
-    run_folders: dict[str, RunFolder] = {}
-    if resume_folder is not None:
-        inputs = (
-            config.to_dict(), list(prompts or []), steps, guidance_scale, arguments, is_calibrated, stored_dtypes,
-        )  # fmt: skip
-        for name, module in modules.items():
-            mark = fingerprint(FORMAT_VERSION, name, *inputs, module=module)
-            run_folders[name] = RunFolder(Path(resume_folder) / name, mark)
-
-    for name, module in modules.items():
-        stored = selections[name].quantized + selections[name].weight_only
-        stored += models.layers_stored_at_8_bits(module, selections[name], config)
-        for layer_name in stored:
-            layer = module.get_submodule(layer_name)
-            check_finite(layer_name, layer.weight, layer.bias)
+    for name, plan in plans.items():
+        for layer_name, treatment in plan.items():
+            if treatment != models.KEPT:
+                check_finite(layer_name, layers[name][layer_name])
     start = time.monotonic()
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     bytes_before = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
-    observed: dict[str, Calibration] = calibration or {}
-    kept = {name: folder.load_calibration() for name, folder in run_folders.items()}
-    if is_observed and kept and all(found is not None for found in kept.values()):
-        observed = {name: found for name, found in kept.items() if found is not None}
-    elif is_observed:
-        observed = observe(
-            target, config, prompts=prompts, forward_loop=forward_loop, steps=steps, guidance_scale=guidance_scale,
-            arguments=arguments, show_progress=show_progress,
-        )  # fmt: skip
-        for name, folder in run_folders.items():
-            folder.save_calibration(observed[name])
-    calibrated = time.monotonic()
-    reports: list[GroupReport] = []
-    # nothing is replaced before everything is fitted: a failed run leaves the model as it was
-    replacements: dict[str, dict[str, QuantLinear]] = {}
-    for name, module in modules.items():
-        replacements[name], module_reports = quantize_module(
-            name, module, selections[name], observed.get(name), config, run_folders.get(name), show_progress,
-            (stored_dtypes or {}).get(name),
-        )  # fmt: skip
-        reports += module_reports
+    parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
+    with contextlib.ExitStack() as stack:
+        folders: dict[str, RunFolder] = {}
+        if resume_folder is not None:
+            for name, module in modules.items():
+                marks = describe_run(
+                    module, component=name, settings=config.to_dict(), prompts=list(prompts or []), steps=steps,
+                    guidance_scale=guidance_scale, arguments=arguments, is_calibrated=is_calibrated,
+                    stored_dtypes=stored_dtypes,
+                )  # fmt: skip
+                folders[name] = stack.enter_context(RunFolder(Path(resume_folder) / name, marks))
+        observed: dict[str, Calibration] = calibration or {}
+        if is_calibrated and calibration is None:
+            kept = {name: found for name, folder in folders.items() if (found := folder.load_calibration()) is not None}
+            observed = kept if kept.keys() == modules.keys() else observe(
+                target, config, prompts=prompts, forward_loop=forward_loop, steps=steps, guidance_scale=guidance_scale,
+                arguments=arguments, show_progress=show_progress,
+            )  # fmt: skip
+            for name, folder in folders.items():
+                if name not in kept:
+                    folder.save_calibration(observed[name])
+        calibrated = time.monotonic()
+        reports: list[GroupReport] = []
+        # nothing is replaced before everything is fitted: a failed run leaves the model as it was
+        replacements: dict[str, dict[str, QuantLinear]] = {}
+        for name, module in modules.items():
+            found = observed.get(name)
+            probe = (
+                Probe.of(module, found.steps)
+                if found and config.is_mixed and config.sensitivity == "measured"
+                else None
+            )
+            job = Job(
+                name, layers[name], plans[name], config, rests[name], found, probe, folders.get(name), show_progress
+            )
+            replacements[name], module_reports = job.run()
+            reports += module_reports
     for name, module in modules.items():
         for layer_name, layer in replacements[name].items():
-            original = module.get_submodule(layer_name)
+            original = layers[name][layer_name]
             layer.train(original.training)
             module.set_submodule(layer_name, layer.to(device=original.weight.device, dtype=original.weight.dtype))
         checkpoint.finish_layers(module)
         if isinstance(module, ConfigMixin):
             diffusers_plugin.attach(module, config)
         else:
-            module.lrqdit_settings = config.to_dict()
+            vars(module)["lrqdit_settings"] = config.to_dict()
+    attention.start()
     size = measure_size(nn.ModuleDict({name.replace(".", "_"): module for name, module in modules.items()}))
-    return CalibrationReport(
-        config, reports, size, sum(parameters.values()), bytes_before, calibrated - start, time.monotonic() - calibrated
-    )
+    times = calibrated - start, time.monotonic() - calibrated
+    return CalibrationReport(config, reports, size, parameters, bytes_before, *times)
 
 
 def _build_config(preset: str | QuantizationConfig, settings: dict[str, Any]) -> QuantizationConfig:
@@ -165,11 +172,10 @@ def _find_modules(target: Any) -> dict[str, nn.Module]:
         return {type(target).__name__: target}
     if not isinstance(target, DiffusionPipeline):
         raise ModelError(f"quantize: a {type(target).__name__} is neither a diffusers pipeline nor a torch module")
-    found = {name: getattr(target, name, None) for name in models.PIPELINE_COMPONENTS}
-    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    modules = models.denoisers(target)
     if not modules:
         raise ModelError(
-            f"quantize: {type(target).__name__} has no {' or '.join(models.PIPELINE_COMPONENTS)}; pass the module that "
+            f"quantize: {type(target).__name__} has no {' or '.join(PIPELINE_COMPONENTS)}; pass the module that "
             "denoises, with a forward_loop"
         )
     return modules
@@ -200,16 +206,16 @@ def observe(
     config = _build_config(preset, settings)
     modules = _find_modules(target)
     held_out_every = HELD_OUT_EVERY if forward_loop is not None else 0
-    selections = {name: models.select_layers(module, config.exclude) for name, module in modules.items()}
     moment_bytes = int(config.moment_gib * 2**30) if config.rounding == "compensated" else 0
     has_gradients = config.rounding == "compensated" and config.hessian == "output"
+    sampling = Sampling(
+        config.calibration_tokens, config.seed, moment_bytes // len(modules), held_out_every,
+        GRADIENT_EVERY if has_gradients else 0,
+    )  # fmt: skip
     observers = {
-        name: Observer(
-            module, selections[name].quantized + selections[name].weight_only, config.calibration_tokens, config.seed,
-            moment_bytes // len(modules), held_out_every, GRADIENT_EVERY if has_gradients else 0,
-        )
+        name: Observer(module, tuple(n for n, t in models.plan(module, config).items() if t.is_fitted), sampling)
         for name, module in modules.items()
-    }  # fmt: skip
+    }
     if forward_loop is None:
         prompts = _check_prompts(target, prompts)
         every = min(math.ceil(len(prompts) / batch_size), HELD_OUT_EVERY)

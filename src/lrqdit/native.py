@@ -2,15 +2,14 @@
 
 The library (csrc/, plain C++17 behind a C interface) is optional: a package installed without a compiler runs on torch
 alone, with the same results up to float rounding. ``LRQDIT_KERNELS`` chooses by hand: ``reference`` for torch, or the
-name of an instruction set (ISA_NAMES); ``LRQDIT_ATTENTION=torch`` keeps torch's attention (attention.py).
+name of an instruction set. A library that cannot be loaded, or a choice that cannot be followed, is an error when a
+kernel is first used, not when this module is imported.
 """
 
 import ctypes
-import math
 import os
 import struct
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from lrqdit.errors import KernelError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ENVIRONMENT = "LRQDIT_KERNELS"
-ISA_NAMES = ("avx512bf16", "avx512vbmi", "avx512vnni", "avxvnni", "avx2", "neon", "serial")
 LIBRARY_NAME = {"darwin": "liblrqdit_native.dylib", "win32": "liblrqdit_native.dll"}.get(
     sys.platform, "liblrqdit_native.so"
 )
 
+_ADVICE = f"reinstall lrqdit, or set {ENVIRONMENT}=reference to run on torch, slower"
+_NOT_BUILT = "lrqdit was installed without its native library; install a C++ compiler and reinstall lrqdit"
 _pointer = ctypes.c_void_p
 
 
@@ -98,6 +98,8 @@ _principal = ctypes.POINTER(Principal)
 _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "lrq_abi_version": (ctypes.c_int, ()),
     "lrq_last_error": (ctypes.c_char_p, ()),
+    "lrq_size_of": (ctypes.c_int64, (ctypes.c_char_p,)),
+    "lrq_constant": (ctypes.c_int, (ctypes.c_char_p, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)))),
     "lrq_isa_count": (ctypes.c_int, ()),
     "lrq_isa_name": (ctypes.c_char_p, (ctypes.c_int,)),
     "lrq_isa_missing": (ctypes.c_char_p, (ctypes.c_int,)),
@@ -181,11 +183,9 @@ def load(path: Path) -> ctypes.CDLL:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise KernelError(f"{path.name} cannot be loaded ({error}); reinstall lrqdit to build it again") from error
+        raise KernelError(f"{path.name} cannot be loaded ({error}); {_ADVICE}") from error
     if (version := library.lrq_abi_version()) != ABI_VERSION:
-        raise KernelError(
-            f"{path.name} has interface version {version}, this package needs {ABI_VERSION}; reinstall lrqdit"
-        )
+        raise KernelError(f"{path.name} has interface version {version}, this package needs {ABI_VERSION}; {_ADVICE}")
     return library
 
 
@@ -193,6 +193,14 @@ def instruction_sets(library: ctypes.CDLL) -> dict[str, str]:
     """Name -> what this CPU lacks for it ("" if nothing), best first."""
     count = library.lrq_isa_count()
     return {library.lrq_isa_name(i).decode(): library.lrq_isa_missing(i).decode() for i in range(count)}
+
+
+def constant(name: str) -> tuple[int, ...]:
+    """The values of a constant of lrqdit.h, such as "LRQ_MAX_RANK"; () if there is no library or no such constant."""
+    if LIBRARY is None:
+        return ()
+    values = ctypes.POINTER(ctypes.c_int64)()
+    return tuple(values[: LIBRARY.lrq_constant(name.encode(), values)])
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -206,7 +214,8 @@ def call(name: str, *arguments: Any) -> None:
 
 def call_plain(name: str, *arguments: Any) -> None:
     """:func:`call` with addresses alone."""
-    assert LIBRARY is not None
+    if LIBRARY is None:
+        raise KernelError(WHY_REFERENCE)
     if getattr(LIBRARY, name)(*arguments):
         raise KernelError(f"native kernel: {LIBRARY.lrq_last_error().decode()}")
 
@@ -217,6 +226,17 @@ def _convert(argument: Any) -> Any:
     return argument.ctypes.data if isinstance(argument, np.ndarray) else argument
 
 
+def is_available() -> bool:
+    """Whether the library computes, and not the torch reference.
+
+    Raises:
+        KernelError: if that cannot be said: the library or LRQDIT_KERNELS is at fault.
+    """
+    if IS_FAULT:
+        raise KernelError(WHY_REFERENCE)
+    return LIBRARY is not None
+
+
 def use(name: str) -> None:
     """Run on one instruction set; KernelError if it is unknown or this CPU lacks it."""
     if LIBRARY is None:
@@ -224,23 +244,10 @@ def use(name: str) -> None:
     call("lrq_use_isa", name.encode())
 
 
-def measure_peak(iterations: int = 1_000_000, function: str = "lrq_repeat_dots") -> float:
-    """Operations per second (a multiply and an add are two) of dot products on registers, on all threads: integers, or
-    bfloat16 by ``"lrq_repeat_pairs"``."""
-    if LIBRARY is None:
-        raise KernelError(f"measure_peak: {WHY_REFERENCE}")
-    operations, best = ctypes.c_int64(), math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        call(function, iterations, torch.get_num_threads(), operations)
-        best = min(best, time.perf_counter() - start)
-    return operations.value / best
-
-
 def describe() -> list[str]:
     """What runs on this CPU and why nothing better, one line each."""
     if LIBRARY is None:
-        return [f"CPU kernels: torch reference ({WHY_REFERENCE})"]
+        return [f"CPU kernels: {'none' if IS_FAULT else 'torch reference'} ({WHY_REFERENCE})"]
     lines = [f"CPU kernels: native, {LIBRARY.lrq_isa().decode()}, {torch.get_num_threads()} threads"]
     for name, missing in instruction_sets(LIBRARY).items():
         if name == LIBRARY.lrq_isa().decode():
@@ -252,21 +259,30 @@ def describe() -> list[str]:
 
 
 def _start() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason why the torch reference runs."""
+    """The library, or None and the reason why the torch reference runs.
+
+    Raises:
+        KernelError: if the library cannot be loaded or LRQDIT_KERNELS cannot be followed.
+    """
     wanted = os.environ.get(ENVIRONMENT, "")
-    wanted = "" if wanted == "triton" else wanted  # a choice for GPUs alone
+    if wanted == "triton":
+        raise KernelError(f"{ENVIRONMENT}=triton: it chooses for the CPU; unset it and set LRQDIT_GPU_KERNELS=triton")
     if wanted == "reference":
         return None, f"{ENVIRONMENT}=reference"
     path = find_library()
     if path is None:
         if wanted:
-            raise KernelError(f"{ENVIRONMENT}={wanted}, but lrqdit was installed without its native library")
-        return None, "lrqdit was installed without its native library; install a C++ compiler and reinstall it"
+            raise KernelError(f"{ENVIRONMENT}={wanted}, but {_NOT_BUILT}, or unset it")
+        return None, _NOT_BUILT
     library = load(path)
     if wanted and library.lrq_use_isa(wanted.encode()):
         known = ", ".join(["reference", *instruction_sets(library)])
-        raise KernelError(f"{ENVIRONMENT}={wanted}: {library.lrq_last_error().decode()}; it may be {known}")
+        raise KernelError(f"{ENVIRONMENT}={wanted}: {library.lrq_last_error().decode()}; set one of {known}, or none")
     return library, ""
 
 
-LIBRARY, WHY_REFERENCE = _start()
+IS_FAULT = False
+try:
+    LIBRARY, WHY_REFERENCE = _start()
+except KernelError as _error:
+    LIBRARY, WHY_REFERENCE, IS_FAULT = None, str(_error), True

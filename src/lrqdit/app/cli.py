@@ -1,6 +1,6 @@
 """The command line: ``lrqdit quantize | generate | evaluate | inspect | demo | doctor | bench``.
 
-Thin: the work is done elsewhere.
+Thin: the work is done elsewhere. A command imports what it needs, so that ``--help`` and ``inspect`` answer at once.
 """
 
 import contextlib
@@ -9,28 +9,17 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from diffusers.utils import export_to_gif
-from diffusers.utils import logging as diffusers_logging
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 import lrqdit
-from lrqdit.app import demo as demo_module
-from lrqdit.app import doctor as doctor_module
-from lrqdit.app import inspection, memory, speed
 from lrqdit.config import MODES, QuantizationConfig, choices
 from lrqdit.errors import ConfigError, LrqditError
-from lrqdit.evaluation import pages
-from lrqdit.evaluation import tables as report
-from lrqdit.evaluation.metrics import compare
-from lrqdit.integrations import generation, pipelines
+from lrqdit.models import KNOWN_MODELS
 from lrqdit.models.prompts import EVALUATION_PROMPTS
 
 
@@ -69,8 +58,7 @@ def _print_version(is_asked: bool) -> None:
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
 ) -> None:
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
+    pass
 
 
 @app.command()
@@ -95,6 +83,8 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a pipeline's transformer. A killed run continues where it was: call it again."""
+    from lrqdit.integrations import pipelines
+
     given = {"mode": mode, "seed": seed, "exclude": tuple(exclude or ()), "average_bits": average_bits}
     settings = {**given, **_parse_settings(setting or [])}
     config = QuantizationConfig.from_name(bits, **settings)
@@ -163,6 +153,10 @@ def generate(
     device: Device = None,
 ) -> None:
     """Generate a picture (or a video) from a text."""
+    from diffusers.utils import export_to_gif
+
+    from lrqdit.integrations import generation, pipelines
+
     with _chatter_on_stderr():
         pipeline = pipelines.load_pipeline(folder, dtype, device)
         sample = generation.generate_images(
@@ -196,9 +190,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Compare a quantized pipeline with its original, on the same prompts and the same noise."""
+    from lrqdit.evaluation import metrics, pages, tables
+    from lrqdit.integrations import generation, pipelines
+
     texts = list(EVALUATION_PROMPTS) if prompts is None else read_prompts(prompts)
     texts = [texts[i % len(texts)] for i in range(images or len(texts))]
-    sources, samples, true_bits = {}, {}, {}
+    sources, samples, true_bits, widths = {}, {}, {}, Counter[int]()
     with _chatter_on_stderr():
         for role, source in (("reference", reference), ("candidate", folder)):
             sources[role] = pipelines.find_folder(source)
@@ -220,12 +217,12 @@ def evaluate(
             "guidance_scale": guidance_scale,
             "true_bits": true_bits,
             "file_bytes": {role: pipelines.denoiser_file_bytes(source) for role, source in sources.items()},
-            **compare(samples["reference"], samples["candidate"]),
+            **metrics.compare(samples["reference"], samples["candidate"]),
         }
         out.mkdir(parents=True, exist_ok=True)
-        rows = report.evaluation_rows(results)
+        rows = tables.evaluation_rows(results)
         labels = (("original", samples["reference"]), ("quantized", samples["candidate"]))
-        grid = report.picture_grid([(label, [s.picture for s in row[:8]]) for label, row in labels], texts[:8])
+        grid = pages.picture_grid([(label, [s.picture for s in row[:8]]) for label, row in labels], texts[:8])
         grid.save(out / "comparison.png")
         notes = [f"Layers by weight bits: {_describe_widths(widths)}"] if widths else []
         page = pages.html_page(f"{folder} against {reference}", rows, grid, notes)
@@ -233,7 +230,7 @@ def evaluate(
         (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     if as_json:
         return typer.echo(json.dumps(results))
-    Console().print(report.build_table(rows, ("quantity", "original", "quantized"), title=f"{len(texts)} pictures"))
+    _print_table(rows, ("quantity", "original", "quantized"), title=f"{len(texts)} pictures")
     typer.echo(f"written to {out}: results.json, comparison.png, report.html")
 
 
@@ -243,6 +240,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a quantized folder holds, layer by layer, without loading its weights."""
+    from lrqdit.app import inspection
+
     description = inspection.describe_folder(folder)
     if as_json:
         return typer.echo(json.dumps(description))
@@ -260,7 +259,7 @@ def inspect(
     columns = (
         "name", "shape", "bits", "codebook", "table_rows", "rotation", "clip", "J", "error", "gain", "shares input of",
     )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 200).print(report.build_table(rows, columns))
+    _print_table(rows, columns, width=None if sys.stdout.isatty() else 200)
     totals = description["totals"]
     widths = Counter(layer["weight_bits"] for layer in description["layers"])
     typer.echo(f"layers by weight bits: {_describe_widths(widths)}")
@@ -277,15 +276,17 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Quantize the embedded text-to-emoji model and show the pictures side by side."""
+    from lrqdit.app.demo import COLUMNS, PRESETS, run_demo
+
     with _chatter_on_stderr():
-        results = demo_module.run_demo(out, bits or demo_module.PRESETS)
+        results = run_demo(out, bits or PRESETS)
     if as_json:
         return typer.echo(json.dumps(results))
     rows = [
         {**row, "before": f"{row['bytes_before'] / 1e6:.1f} MB", "after": f"{row['bytes_after'] / 1e6:.1f} MB"}
         for row in results["rows"]
     ]
-    Console().print(report.build_table(rows, demo_module.COLUMNS))
+    _print_table(rows, COLUMNS)
     typer.echo(f"written to {out}: comparison.png, results.json, and a loadable pipeline per preset")
 
 
@@ -294,23 +295,28 @@ def doctor(
     measure: Annotated[bool, typer.Option(help="Time int8 products against bfloat16 ones.")] = False,
 ) -> None:
     """Tell which kernels this machine will use, and why."""
-    typer.echo("\n".join(doctor_module.describe(measure)))
+    from lrqdit.app.doctor import describe
+
+    typer.echo("\n".join(describe(measure)))
 
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help=f"Folder of a model, or {', '.join(memory.KNOWN_MODELS)}.")] = "flux",
+    model: Annotated[str, typer.Argument(help=f"Folder of a model, or {', '.join(KNOWN_MODELS)}.")] = "flux",
     bits: Annotated[list[str] | None, typer.Option(help="Preset; repeatable; w4a8 and w3a8 if not given.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For the speed measurement, about; 0 leaves it out.")] = 60.0,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell what packing gains here: the memory of a model, and a measurement of a few layers."""
-    presets = bits or ["w4a8", "w3a8"]
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results = {"model": model, "device": str(target), "memory": memory.expected_memory(model, presets), "speed": []}
-    if seconds:
-        results["speed"] = speed.measure_layers(target, seconds, presets[0])
+    from lrqdit.app import memory, speed
+    from lrqdit.integrations.pipelines import parse_device
+
+    presets, target = bits or ["w4a8", "w3a8"], parse_device(device)
+    with _chatter_on_stderr():
+        found = memory.expected_memory(model, presets)
+        speeds = speed.measure_layers(target, seconds, presets[0]) if seconds else []
+    results = {"model": model, "device": str(target), "memory": found, "speed": speeds}
     if as_json:
         return typer.echo(json.dumps(results))
     for row in results["memory"]:
@@ -318,7 +324,15 @@ def bench(
         typer.echo(f"{model} at {row['preset']}: {sizes[0]:.2f} GB in bfloat16, {sizes[1]:.2f} GB packed")
     if seconds:
         columns = ("tokens", "in_features", "out_features", "float_ms", "packed_ms", "speedup")
-        Console().print(report.build_table(results["speed"], columns, title=f"{target}, {presets[0]}"))
+        _print_table(results["speed"], columns, title=f"{target}, {presets[0]}")
+
+
+def _print_table(rows: list[dict[str, Any]], columns: Sequence[str], title: str = "", width: int | None = None) -> None:
+    from rich.console import Console
+
+    from lrqdit.evaluation.tables import build_table
+
+    Console(width=width).print(build_table(rows, columns, title or None))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -344,7 +358,7 @@ def _describe_widths(widths: Counter[int]) -> str:
 
 def _parse_settings(pairs: list[str]) -> dict[str, Any]:
     """Settings from key=value, as the types of :class:`QuantizationConfig`'s fields."""
-    kinds = {field.name: field.type for field in dataclasses.fields(QuantizationConfig)}
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(QuantizationConfig)}
     del kinds["exclude"], kinds["average_bits"]  # options of their own
     parsed: dict[str, Any] = {}
     for pair in pairs:
@@ -355,14 +369,18 @@ def _parse_settings(pairs: list[str]) -> dict[str, Any]:
         try:
             parsed[key] = allowed[text.lower()] if allowed else kinds[key](text)
         except (KeyError, ValueError):
-            raise ConfigError(
-                f"--set {pair!r}: {text!r} is not {' or '.join(allowed) or kinds[key].__name__}"
-            ) from None
+            wanted = " or ".join(allowed) or {int: "a whole number", float: "a number"}[kinds[key]]
+            raise ConfigError(f"--set {pair!r}: {text!r} is not {wanted}") from None
     return parsed
 
 
 @contextlib.contextmanager
 def _chatter_on_stderr() -> Iterator[None]:
-    """Keep stdout for results: whatever a library prints meanwhile goes to stderr."""
+    """Keep stdout for results: what libraries print meanwhile goes to stderr, and diffusers reports errors alone."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     with contextlib.redirect_stdout(sys.stderr):
         yield

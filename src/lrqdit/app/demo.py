@@ -1,9 +1,11 @@
-"""The demo: quantize the embedded text-to-emoji pipeline to three presets and show what became of its pictures.
+"""The demo: quantize a small text-to-emoji pipeline to three presets and show what became of its pictures.
 
-The embedded model is a real, small PixArt pipeline (``demo_model``, made by ``training/train_demo.py``). Each quantized
-pipeline is saved, loaded back by diffusers' from_pretrained, and the pictures come from the loaded one.
+The demo model is a real PixArt pipeline, made by ``training/train_demo.py``; it comes in a package of its own,
+``lrqdit-demo`` (24 MB, the folder ``demo/``). Each quantized pipeline is saved, loaded back by diffusers'
+from_pretrained, and the pictures come from the loaded one.
 """
 
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -14,44 +16,40 @@ from lrqdit.api import observe, quantize
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ModelError
 from lrqdit.evaluation.metrics import compare
-from lrqdit.evaluation.tables import picture_grid
+from lrqdit.evaluation.pages import picture_grid
 from lrqdit.integrations.generation import generate_images
 from lrqdit.integrations.pipelines import check_output_folder, denoiser_file_bytes, load_pipeline, save_quantized
 
-MODEL_FOLDER = Path(__file__).parents[1] / "demo_model"
 PRESETS = ("w4a8", "w3a8", "w4a4")
 STEPS, CALIBRATION_STEPS, GUIDANCE_SCALE, SEED = 20, 10, 3.0, 0
-# 64 of the captions the model knows, neither shown nor among those of the benchmarks
-CALIBRATION_PROMPTS = (
-    "aubergine", "rice ball", "rosette", "nerd face", "trophy", "dog", "curling stone", "pinata", "beans",
-    "airplane departure", "spoon", "grinning face with one large and one small eye", "eagle", "mouse", "bird",
-    "snowman", "smiling face with heart-shaped eyes", "love letter", "rhinoceros", "pile of poo", "zipper-mouth face",
-    "yawning face", "passenger ship", "ice skate", "first place medal", "frog face", "tropical drink",
-    "loudly crying face", "donkey", "shamrock", "cooked rice", "chess pawn", "hugging face", "nesting dolls",
-    "boxing glove", "raccoon", "baby bottle", "brown mushroom", "milky way", "airplane arriving", "red gift envelope",
-    "admission tickets", "cheese wedge", "carp streamer", "face with rolling eyes", "burrito", "umbrella on ground",
-    "revolving hearts", "blossom", "dumpling", "basketball and hoop", "melon", "dragon face", "panda face",
-    "sneezing face", "volleyball", "oyster", "teddy bear", "sled", "lime", "popcorn", "snowflake", "ferry",
-    "flamingo",
-)  # fmt: skip
-SHOWN_PROMPTS = (
-    "fox face",
-    "slice of pizza",
-    "smiling face with sunglasses",
-    "tropical fish",
-    "red apple",
-    "christmas tree",
-    "airplane",
-    "hot beverage",
-)
 COLUMNS = ("preset", "true_bits", "before", "after", "psnr", "ssim", "latent_error", "seconds")
+
+
+def find_model() -> Path:
+    """The folder of the demo model.
+
+    Raises:
+        ModelError: if the package ``lrqdit-demo`` is not installed.
+    """
+    spec = importlib.util.find_spec("lrqdit_demo")
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            "the demo model is a package of its own and is not installed: pip install ./demo in a checkout of lrqdit, "
+            'or pip install "lrqdit[demo]"'
+        )
+    return Path(spec.origin).with_name("model")
+
+
+def captions(name: str) -> list[str]:
+    """The demo model's captions for ``calibration`` (64, of no other use, here or in benchmarks) or to be ``shown``."""
+    return json.loads(find_model().with_name("captions.json").read_text(encoding="utf-8"))[name]
 
 
 def run_demo(
     out: str | Path = "demo-out",
     presets: Sequence[str] = PRESETS,
     *,
-    model_folder: str | Path = MODEL_FOLDER,
+    model_folder: str | Path | None = None,
     steps: int = STEPS,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def run_demo(
     Args:
         out: where to write; what an earlier demo wrote there is replaced.
         presets: what to quantize to.
-        model_folder: the pipeline to start from.
+        model_folder: the pipeline to start from; the demo model if not given.
         steps: denoising steps of the shown pictures, and at most of calibration, which every preset shares.
         show_progress: progress bars on stderr.
 
@@ -71,26 +69,23 @@ def run_demo(
         the original to the last picture, without the shared calibration.
 
     Raises:
-        ModelError: if the demo model is not there.
+        ModelError: if the demo model is not installed.
         ConfigError: for an unknown preset.
     """
-    out, model_folder = Path(out), Path(model_folder)
+    out = Path(out)
     for preset in presets:
         QuantizationConfig.from_name(preset)
         check_output_folder(out / preset, is_overwritten=True)
-    if not (model_folder / "model_index.json").is_file():
-        raise ModelError(
-            f"the demo model is not at {model_folder}: this copy of lrqdit came without it; install lrqdit from a full "
-            "checkout, or make the model with training/train_demo.py"
-        )
+    model_folder = find_model() if model_folder is None else Path(model_folder)
+    shown = captions("shown")
     out.mkdir(parents=True, exist_ok=True)
     generation: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE_SCALE, "show_progress": show_progress}
     original = load_pipeline(model_folder, device="cpu")
-    references = generate_images(original, SHOWN_PROMPTS, SEED, description="original", **generation)
+    references = generate_images(original, shown, SEED, description="original", **generation)
     pictures = [("original", [sample.picture for sample in references])]
     rows = []
     calibration = observe(
-        original, prompts=CALIBRATION_PROMPTS, steps=min(steps, CALIBRATION_STEPS), guidance_scale=GUIDANCE_SCALE,
+        original, prompts=captions("calibration"), steps=min(steps, CALIBRATION_STEPS), guidance_scale=GUIDANCE_SCALE,
         show_progress=show_progress, batch_size=8,
     )  # fmt: skip
     for preset in presets:
@@ -99,7 +94,7 @@ def run_demo(
         report = quantize(pipeline, preset, calibration=calibration, show_progress=show_progress)
         save_quantized(pipeline, report, model_folder, out / preset)
         loaded = load_pipeline(out / preset, device="cpu")
-        samples = generate_images(loaded, SHOWN_PROMPTS, SEED, description=preset, **generation)
+        samples = generate_images(loaded, shown, SEED, description=preset, **generation)
         pictures.append((preset, [sample.picture for sample in samples]))
         means = compare(references, samples)["metrics"]
         rows.append({
@@ -113,6 +108,6 @@ def run_demo(
             "seconds": time.monotonic() - start,
         })  # fmt: skip
     results = {"rows": rows}
-    picture_grid(pictures, SHOWN_PROMPTS).save(out / "comparison.png")
+    picture_grid(pictures, shown).save(out / "comparison.png")
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return results

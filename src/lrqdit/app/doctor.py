@@ -7,6 +7,7 @@ import torch
 
 from lrqdit import native
 from lrqdit.app.speed import time_calls
+from lrqdit.errors import LrqditError, first_line
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.kernels import gpu
 
@@ -32,12 +33,20 @@ def describe_devices(measure: bool = False) -> list[dict[str, Any]]:
 
 
 def describe(measure: bool = False) -> list[str]:
-    """The same as lines of text, with the versions of torch and Triton first."""
-    versions = f"torch {torch.__version__}, triton {_triton_version() or 'not installed'}"
-    lines = [versions, *native.describe(), attention.describe()]
-    devices = describe_devices(measure)
-    if not devices:
-        lines.append("no GPU")
+    """The same as lines of text, with the versions of torch and Triton first. What is at fault is told, not raised."""
+    lines = [f"torch {torch.__version__}, triton {_triton_version() or 'not installed'}", *native.describe()]
+    devices = []
+    try:
+        lines.append(attention.describe())
+    except LrqditError as error:
+        lines.append(f"CPU attention: {error}")
+    try:
+        gpu.read_choice()
+        devices = describe_devices(measure)
+        if not devices:
+            lines.append("no GPU")
+    except (LrqditError, RuntimeError) as error:
+        lines.append(f"GPU kernels: {first_line(error)}")
     for facts in devices:
         capability = f", compute capability {facts['compute_capability']}" if "compute_capability" in facts else ""
         memory = f", {facts['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in facts else ""

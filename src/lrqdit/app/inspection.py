@@ -1,18 +1,13 @@
 """What a quantized folder holds, from file headers and ``config.json`` alone: no weight is loaded."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from lrqdit.errors import CheckpointError
-from lrqdit.integrations.pipelines import REPORT_FILE
-from lrqdit.models.registry import PIPELINE_COMPONENTS
-from lrqdit.packed.files import CONFIG_FILE, check_model_folder, check_pipeline_folder, read_json, tensor_headers
-from lrqdit.packed.format import FORMAT_NAME, LinearFormat, check_version
-from lrqdit.packed.size import weight_file_bytes
-
-_DTYPE_NAMES = {"torch.uint8": "U8", "torch.int8": "I8", "torch.int16": "I16", "torch.int32": "I32"}
+from lrqdit.models import PIPELINE_COMPONENTS
+from lrqdit.packed import files
+from lrqdit.packed.format import DTYPE_BYTES, FORMAT_NAME, LinearFormat, check_version
 
 
 def describe_folder(folder: str | Path) -> dict[str, Any]:
@@ -34,12 +29,12 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a folder; pass the folder of a quantized pipeline or model")
     parts = [folder]
     if (folder / "model_index.json").exists():
-        check_pipeline_folder(folder)
+        files.check_pipeline_folder(folder)
         parts = [folder / name for name in PIPELINE_COMPONENTS if (folder / name).is_dir()]
     found = [(part, config) for part in parts if (config := _quantization_config(part)) is not None]
     if not found:
         raise CheckpointError(f"{folder} holds no model quantized by lrqdit; write one with `lrqdit quantize`")
-    report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).exists() else {}
+    report = files.read_json(folder / files.REPORT_FILE) if (folder / files.REPORT_FILE).exists() else {}
     reasons = {name: group for group in report.get("layers", []) for name in group["names"]}
     layers, parameters, tensor_bytes = [], 0, 0
     for part, config in found:
@@ -49,7 +44,7 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
     totals = {
         "parameters": parameters,
         "tensor_bytes": tensor_bytes,
-        "file_bytes": sum(weight_file_bytes(part) for part, _ in found),
+        "file_bytes": sum(files.weight_file_bytes(part) for part, _ in found),
         "true_bits": 8 * tensor_bytes / max(1, parameters),
         "claimed_true_bits": report.get("size", {}).get("true_bits"),
     }
@@ -59,14 +54,14 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
 
 def _quantization_config(part: Path) -> dict[str, Any] | None:
     """The configuration of a quantized model's folder, or None if it is not quantized by this package."""
-    config = read_json(part / CONFIG_FILE)
+    config = files.read_json(part / files.CONFIG_FILE)
     config = config.get("quantization_config") or config
     if config.get("quant_method") != FORMAT_NAME:
         return None
     check_version(config.get("format_version"))
     for key in ("layers", "settings"):
         if not isinstance(config.get(key), dict):
-            raise CheckpointError(f"{part / CONFIG_FILE} has no {key!r}; copy it again")
+            raise CheckpointError(f"{part / files.CONFIG_FILE} has no {key!r}; copy it again")
     return config
 
 
@@ -74,17 +69,16 @@ def _describe_model(
     part: Path, formats: dict[str, dict[str, Any]], reasons: dict[str, dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], int, int]:
     """Layers, original parameters and bytes of tensors of one model; checks every packed tensor against its format."""
-    check_model_folder(part)
-    headers = {name: (dtype, tuple(shape)) for name, dtype, shape in tensor_headers(part)}
+    files.check_model_folder(part)
+    headers = {name: (dtype, tuple(shape)) for name, dtype, shape in files.tensor_headers(part)}
     layers, parameters = [], 0
     others = dict(headers)
     for name, values in formats.items():
         layout = LinearFormat.from_dict(values)
         for leaf, (shape, dtype) in layout.buffers().items():
-            expected = dtype, shape
-            if headers.get(f"{name}.{leaf}") != expected:
+            if headers.get(f"{name}.{leaf}") != (dtype, shape):
                 raise CheckpointError(
-                    f"{part}: {name}.{leaf} should be {expected[0]} {list(expected[1])} by {CONFIG_FILE}, "
+                    f"{part}: {name}.{leaf} should be {dtype} {list(shape)} by {files.CONFIG_FILE}, "
                     f"but the files hold {headers.get(f'{name}.{leaf}', 'no such tensor')}; copy the folder again"
                 )
             del others[f"{name}.{leaf}"]
@@ -109,10 +103,4 @@ def _describe_model(
             "gain": reason.get("gain"),
         })  # fmt: skip
     parameters += sum(math.prod(shape) for _, shape in others.values())
-    return layers, parameters, sum(_size_bytes(*header) for header in headers.values())
-
-
-def _size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor by its safetensors dtype, such as BF16."""
-    bits = re.search(r"\d+", dtype)
-    return math.prod(shape) * int(bits[0] if bits else 8) // 8
+    return layers, parameters, sum(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in headers.values())

@@ -10,16 +10,13 @@ from torch import nn
 
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError
+from lrqdit.models import KNOWN_MODELS, PIPELINE_COMPONENTS
 from lrqdit.models import registry as models
 from lrqdit.packed.dummy import random_layer
 from lrqdit.packed.files import CONFIG_FILE, read_json
+from lrqdit.packed.linear import QuantLinear
 from lrqdit.packed.size import measure_size
 
-KNOWN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "pixart": ("PixArtTransformer2DModel", {"sample_size": 128, "num_layers": 28, "caption_channels": 4096}),
-    "wan": ("WanTransformer3DModel", {}),
-}
 SHARED_INPUTS = (("to_q", "to_k", "to_v", "proj_mlp"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 
 
@@ -36,7 +33,7 @@ def build_model(model: str) -> nn.Module:
         class_name, arguments = KNOWN_MODELS[model]
     else:
         folder = Path(model)
-        parts = [folder, *(folder / name for name in models.PIPELINE_COMPONENTS)]
+        parts = [folder, *(folder / name for name in PIPELINE_COMPONENTS)]
         found = next((part for part in parts if (part / CONFIG_FILE).exists()), None)
         if found is None:
             raise ConfigError(
@@ -56,23 +53,22 @@ def replace_layers(module: nn.Module, config: QuantizationConfig) -> nn.Module:
 
     Each layer gets a Hadamard rotation with offset and scale; siblings that read the same tensor share them.
     """
-    selection = models.select_layers(module, config.exclude)
-    at_8_bits = models.layers_stored_at_8_bits(module, selection, config)
+    layers, packed = models.linear_layers(module), dict[str, QuantLinear]()
     owners: dict[tuple[str, int], str] = {}
-    for name in (*selection.quantized, *selection.weight_only, *at_8_bits):
-        dense = module.get_submodule(name)
-        weight_bits, activation_bits, options = config.weight_bits, config.activation_bits, {}
-        if name in at_8_bits:
-            weight_bits, activation_bits = 8, 16
+    for name, treatment in models.plan(module, config).items():
+        if treatment == models.KEPT:
+            continue
+        dense, options = layers[name], {}
+        if not treatment.is_fitted:
             options = {"rotation": "none", "factors": (), "has_offset": False, "has_scale": False}
-        elif name in selection.weight_only:
-            weight_bits, activation_bits = max(4, config.weight_bits), 16
         owner = owners.setdefault(key, name) if (key := _shared_input(name)) else name
         if owner != name:
             options["input_from"] = owner
-        layer = random_layer(dense.in_features, dense.out_features, weight_bits, activation_bits, "meta", **options)
+        layer = packed[name] = random_layer(
+            dense.in_features, dense.out_features, treatment.weight_bits, treatment.activation_bits, "meta", **options
+        )
         if owner != name:
-            layer.share_input(module.get_submodule(owner))
+            layer.share_input(packed[owner])
         module.set_submodule(name, layer)
     return module
 

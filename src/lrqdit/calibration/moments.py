@@ -1,15 +1,18 @@
-"""Second moments of what a linear layer reads: of its tokens, and of its tokens weighted by what they do to the output.
+"""Second moments of a linear layer's input: of its tokens, and of its tokens weighted by their effect on the output.
 
-Rounding changes a layer's weight by D and its output by D x for every token x. Two measures of that:
+Rounding changes a layer's weight by a matrix D, and so its output by D x for every token x. Two quantities measure how
+much that matters:
 
-- tokens alone: Σ |D x|² = tr D E[x xᵀ] Dᵀ, the Hessian of GPTQ (arXiv 2210.17323);
-- the model's output: for a random projection r of it (Gaussian, so that E |rᵀ e|² = |e|²), with g the gradient of
-  rᵀ output to the layer's output, the output changes by Σ_tokens gᵀ D x = ⟨M, D⟩ in that direction, to first order,
-  where M = Σ g xᵀ over the tokens of a picture. Errors that all tokens share add up there, and in the sum over tokens
-  alone they do not. Its Fisher matrix E[vec M vec Mᵀ] is kept by its input side, E[Mᵀ M].
+- **Tokens alone.** The squared change of the layer's output is Σ |D x|² = tr D E[x xᵀ] Dᵀ. E[x xᵀ] is the Hessian of
+  GPTQ (arXiv 2210.17323).
+- **The model's output.** Let r be a random Gaussian direction of the model's output, so that E |rᵀ e|² = |e|² for any
+  error e, and g the gradient of rᵀ output to the layer's output at a token. To first order, rounding changes rᵀ output
+  by Σ_tokens gᵀ D x = ⟨M, D⟩, with M = Σ g xᵀ over the tokens of a picture. An error that all tokens have in common
+  adds up in this sum; in a sum over tokens of squares it does not. Of the Fisher matrix E[vec M vec Mᵀ] only the input
+  side is kept, E[Mᵀ M].
 
-Both are second moments of rows z, with a weight w that tells how far a row moves when the tokens' offset does: tokens
-have w = 1, the rows of M have w = Σ g.
+Both are second moments of rows z: the tokens, or the rows of M. A row moves by -w times the offset when the tokens move
+by -offset. The weight w is 1 for a token, and Σ g for a row of M.
 """
 
 from collections.abc import Callable
@@ -26,10 +29,11 @@ PROJECTIONS = 32  # of the rows of M, random signs: E[(P M)ᵀ(P M)] = Mᵀ M
 
 
 class SecondMoment:
-    """Σ z zᵀ over rows z = x - w · shift, with Σ w z and Σ w², so that it can be had about another offset.
+    """Σ z zᵀ over rows z = x - w · shift, with Σ w z and Σ w², from which it follows for any other offset.
 
     Args:
-        shift: near the mean of x, float32 (width,): a constant offset would drown in rounding what varies.
+        shift: near the mean of x, float32 (width,). Without it, float32 sums of a large constant offset would lose the
+            part that varies.
     """
 
     def __init__(self, shift: Tensor) -> None:
@@ -128,6 +132,6 @@ class Tap(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.note(gradient, *ctx.saved_tensors)
-        return gradient, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.note(*gradients, *ctx.saved_tensors)
+        return gradients[0], None, None

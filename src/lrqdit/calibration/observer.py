@@ -1,22 +1,24 @@
-"""Observers on linear layers while the real model runs: bounded statistics, a reservoir of tokens, who shares input.
+"""Observers of linear layers while the model runs: which layers share an input, and bounded statistics of each input.
 
-Memory does not grow with the number of steps: per layer input five vectors of its width, at most
-``calibration_tokens`` tokens in the model's own dtype, and, where compensated rounding will want them, two second
-moments of the centred input, (width, width): see :mod:`lrqdit.calibration.moments`. For the one that weighs tokens
-by what they do to the model's output, some of the model's calls are run a second time and differentiated.
+Memory does not grow with the number of denoising steps. For each layer input there are five vectors of its width, at
+most ``calibration_tokens`` tokens in the model's dtype, and, for compensated rounding, two second moments (width,
+width) of the centred input (:mod:`lrqdit.calibration.moments`). The second of these weighs tokens by their effect on
+the model's output; for it, some calls of the model are run a second time and differentiated.
 
-Layers that are given the very same tensor one after the other (q, k and v; FLUX's proj_mlp beside them) form one group,
-observed once.
+Layers that are given the same tensor one after the other form one group, which is observed once: q, k and v, and FLUX's
+proj_mlp beside them.
 
-**Hold-out.** What a layer's rounding is fitted to must not judge it. While ``Observer.is_held_out`` is set, tokens
-enter the reservoir and not the second moment; otherwise the other way round (unless nothing is held out at all).
-Prompts are held out whole: tokens of one prompt come back at every step.
+**Hold-out.** The tokens that a rounding is fitted to must not judge it. While ``Observer.is_held_out`` is set, tokens
+enter the reservoir and not the second moments; otherwise they enter the second moments and not the reservoir. If
+nothing is held out at all, they enter both. Prompts are held out whole, because the tokens of a prompt come back at
+every step.
 
-Reductions run single-threaded in float64 (numpy; the second moment in float32 blocks of fixed size, added in float64),
-so that the result does not depend on the number of threads.
+Sums are computed on one thread in float64, or in float32 blocks of fixed size that are added in float64, so that the
+result does not depend on the number of threads.
 """
 
 import copy
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -36,37 +38,43 @@ from lrqdit.errors import ModelError, NumericalError
 MAX_MOMENT_WIDTH = 16384
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What an observer keeps of what it sees.
+
+    Args:
+        reservoir_size: tokens kept per input.
+        seed: of the token choice.
+        moment_bytes: memory for second moments, given to the inputs in the order in which they are first seen.
+        held_out_every: if not 0, every so many calls of the module one is held out.
+        gradient_every: if not 0, every so many calls of the module one is differentiated, unless it is held out.
+    """
+
+    reservoir_size: int
+    seed: int
+    moment_bytes: int = 0
+    held_out_every: int = 0
+    gradient_every: int = 0
+
+
 class Observer:
     """Context manager that watches the inputs of named linear layers.
 
     Args:
         module: the model.
         names: layers to watch.
-        reservoir_size: tokens kept per input.
-        seed: seed of the token choice.
-        moment_bytes: memory for second moments, given to the inputs in the order in which they are first seen.
-        held_out_every: if not 0, every so many calls of the module one is held out.
-        gradient_every: if not 0, every so many calls of the module one is differentiated, unless it is held out.
+        sampling: what is kept.
 
     Attributes:
         is_held_out: set while what runs shall be held out from the second moments.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        names: tuple[str, ...],
-        reservoir_size: int,
-        seed: int,
-        moment_bytes: int = 0,
-        held_out_every: int = 0,
-        gradient_every: int = 0,
-    ) -> None:
-        self._module, self._held_out_every, self._calls = module, held_out_every, 0
-        self._gradient_every, self._is_differentiating, self._gradient_calls = gradient_every, False, 0
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, module: nn.Module, names: tuple[str, ...], sampling: Sampling) -> None:
+        self._module, self._sampling, self._calls = module, sampling, 0
+        self._gradient_every, self._is_differentiating, self._gradient_calls = sampling.gradient_every, False, 0
+        self._generator = torch.Generator().manual_seed(sampling.seed)
         self._layers = {name: module.get_submodule(name) for name in names}
-        self._reservoir_size, self._seed, self._moment_bytes_left = reservoir_size, seed, moment_bytes
+        self._moment_bytes_left = sampling.moment_bytes
         self.is_held_out = False
         self._group_of: dict[str, InputGroup] = {}
         self._last: tuple[weakref.ref, int, InputGroup] | None = None
@@ -74,11 +82,12 @@ class Observer:
 
     def _count_call(self, *_: object) -> None:
         if not self._is_differentiating:
-            self.is_held_out = self._calls % self._held_out_every == self._held_out_every - 1
+            every = self._sampling.held_out_every
+            self.is_held_out = self._calls % every == every - 1
             self._calls += 1
 
     def __enter__(self) -> "Observer":
-        if self._held_out_every:
+        if self._sampling.held_out_every:
             self._handles.append(self._module.register_forward_pre_hook(self._count_call))
         for name, layer in self._layers.items():
             self._handles.append(
@@ -140,19 +149,19 @@ class Observer:
         if x.numel() == 0:
             return
         version = 0 if x.is_inference() else x._version
-        is_repeated = self._last is not None and self._last[0]() is x and self._last[1] == version
+        seen = self._last[2] if self._last and self._last[0]() is x and self._last[1] == version else None
         group = self._group_of.get(name)
-        if is_repeated and (group is None or (group is self._last[2] and group.names[0] != name)):
+        if seen is not None and (group is None or (group is seen and group.names[0] != name)):
             if group is None:
-                self._last[2].names.append(name)
-                self._group_of[name] = self._last[2]
+                seen.names.append(name)
+                self._group_of[name] = seen
             return
         if group is None:
-            seed = self._seed * 1_000_003 + len(self._group_of)
+            seed = self._sampling.seed * 1_000_003 + len(self._group_of)
             moment_bytes = (8 if self._gradient_every else 4) * x.shape[-1] ** 2
             has_moment = x.shape[-1] <= MAX_MOMENT_WIDTH and moment_bytes <= self._moment_bytes_left
             self._moment_bytes_left -= moment_bytes if has_moment else 0
-            group = InputGroup([name], ActivationStats(x.shape[-1], self._reservoir_size, seed, has_moment))
+            group = InputGroup([name], ActivationStats(x.shape[-1], self._sampling.reservoir_size, seed, has_moment))
         elif group.names[0] != name:  # it read its owner's tensor so far, and now does not: on its own from here on
             group.names.remove(name)
             group = InputGroup([name], copy.deepcopy(group.stats))
@@ -185,7 +194,7 @@ class Observer:
 
 
 @contextmanager
-def recomputed_activations(module: nn.Module) -> Iterator[None]:
+def recomputed_activations(module: Any) -> Iterator[None]:
     """Inside, a diffusers model keeps the activations of one block at a time and computes the others again."""
     is_possible = getattr(module, "_supports_gradient_checkpointing", False)
     if not is_possible or getattr(module, "is_gradient_checkpointing", False):

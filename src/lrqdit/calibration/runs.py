@@ -1,41 +1,85 @@
-"""The folder of an unfinished run: finished parts, under a fingerprint of everything that they depend on."""
+"""The folder of an unfinished run: finished parts, with marks of everything that they depend on."""
 
 import hashlib
 import json
+import logging
 import shutil
-import struct
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrqdit.calibration.statistics import ActivationStats, InputGroup
 from lrqdit.calibration.steps import Calibration, Call, Step
 from lrqdit.errors import CheckpointError
-from lrqdit.packed.files import check_safetensors, write_atomically
+from lrqdit.packed.files import check_safetensors, read_json, write_atomically
+from lrqdit.packed.format import FORMAT_VERSION
 
+MARKS_FILE = "marks.json"
+_LOG = logging.getLogger("lrqdit")
 CALIBRATION_VERSION = 1  # of what a run keeps for itself
 
 
 class RunFolder:
-    """Results of an unfinished run, one safetensors file each, under a fingerprint of everything they depend on.
+    """Results of an unfinished run, one safetensors file each, with marks of everything they depend on.
 
-    Files are written beside their final name and renamed, so a killed run leaves complete results only. A folder of
-    another fingerprint is emptied.
+    Files are written beside their final name and renamed, so a killed run leaves complete results only. A folder whose
+    marks differ is emptied, and a warning says which do. While it is open no other process can open it.
+
+    Args:
+        folder: created if missing.
+        marks: name and value of what the results depend on, see :func:`describe_run`.
+
+    Raises:
+        CheckpointError: if the folder holds files of something else, or another process has it open.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+    def __init__(self, folder: str | Path, marks: Mapping[str, str]) -> None:
         self.folder = Path(folder)
-        marker = self.folder / "fingerprint"
-        if not marker.exists() and any(p.name != "fingerprint.partial" for p in self.folder.glob("*")):
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"), timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                f"{self.folder} is in use by another run; wait for it to end, or pass another folder"
+            ) from None
+        try:
+            self._open(dict(marks))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, marks: dict[str, str]) -> None:
+        marker = self.folder / MARKS_FILE
+        if marker.exists():
+            found = read_json(marker)
+            if found != marks:
+                changed = sorted(name for name in found.keys() | marks.keys() if found.get(name) != marks.get(name))
+                _LOG.warning("%s: starts again, because of another %s", self.folder, ", ".join(changed))
+                shutil.rmtree(self.folder)
+        elif any(path.name != f"{MARKS_FILE}.partial" for path in self.folder.glob("*")):
             raise CheckpointError(
                 f"{self.folder} holds files of something else, and a run's folder is emptied; pass another folder"
             )
-        if marker.exists() and marker.read_text() != fingerprint:
-            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(marker, lambda path: path.write_text(fingerprint))
+        write_atomically(marker, lambda path: path.write_text(json.dumps(marks, indent=1), encoding="utf-8"))
+
+    def close(self) -> None:
+        """Let others open the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def save(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         metadata = {"values": json.dumps(values)}
@@ -47,9 +91,8 @@ class RunFolder:
         if not path.exists():
             return None
         check_safetensors(path)
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        return load_file(path), json.loads(header["__metadata__"]["values"])
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["values"])
 
     def save_calibration(self, calibration: Calibration) -> None:
         """Keep the calibration of a model."""
@@ -94,11 +137,22 @@ class RunFolder:
         return Calibration(groups, steps)
 
 
-def fingerprint(*values: Any, module: nn.Module | None = None) -> str:
-    """SHA-256 of JSON values and of every weight's shape and first kilobyte."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    for name, parameter in [] if module is None else module.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        head = parameter.detach().flatten()[:256].float().cpu().contiguous()
-        digest.update(head.numpy().tobytes())
-    return digest.hexdigest()
+def describe_run(module: nn.Module, **values: Any) -> dict[str, str]:
+    """Marks of what a run's results depend on: this package's version, values, and a module's weights.
+
+    Args:
+        module: every byte of its state dict is hashed (SHA-256, about a second for each gigabyte).
+        values: JSON values by name; long ones are hashed.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):  # a module's extra state
+            continue
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+    hashed = {
+        name: text if len(text) < 80 else hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
+    }
+    return {"lrqdit version": sys.modules["lrqdit"].__version__, "format version": str(FORMAT_VERSION), **hashed,
+            "model's weights": digest.hexdigest()}  # fmt: skip

@@ -1,12 +1,14 @@
 """The last denoising steps of a few prompts, kept on the CPU so that they can be run again with one layer changed.
 
-What reaches a picture is the model's error at the last steps (two of ten make 90 %), as guidance combines it: with a
-scale of 3, an error that conditional and unconditional output share counts once, one of the conditional output alone
-nine times. So a step is kept with the weights by which its scheduler's input was made from the model's outputs.
-Steps of held-out prompts are preferred: what the rounding is fitted to must not judge it.
+The model's error at the last steps decides the error of the picture: two of ten steps make 90 % of it. Guidance
+combines several outputs of the model at each step. With a scale of 3, the square of an error that the conditional and
+the unconditional output have in common counts once, that of an error of the conditional output alone nine times. So
+each step is kept with the weights by which the scheduler's input was made of the model's outputs. Steps of held-out
+prompts are preferred, because the rounding was not fitted to them.
 """
 
 import collections
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -155,29 +157,72 @@ def recorded_steps(modules: dict[str, nn.Module], scheduler: Any, recorders: dic
         )
         for name, module in modules.items()
     ]
-    if scheduler is not None:
-        step, set_timesteps = scheduler.step, scheduler.set_timesteps
 
-        @functools.wraps(step)  # pipelines inspect the signatures
-        def noting_step(*arguments: Any, **keywords: Any) -> Any:
-            for recorder in recorders.values():
-                recorder.end_step(arguments[0] if arguments else keywords["model_output"])
-            return step(*arguments, **keywords)
+    def end_step(_: Any, given: Tensor, result: Any) -> None:
+        for recorder in recorders.values():
+            recorder.end_step(given)
 
-        @functools.wraps(set_timesteps)
-        def noting_set_timesteps(*arguments: Any, **keywords: Any) -> Any:
-            for recorder in recorders.values():
-                recorder.end_run()
-            return set_timesteps(*arguments, **keywords)
+    def end_run() -> None:
+        for recorder in recorders.values():
+            recorder.end_run()
 
-        scheduler.step, scheduler.set_timesteps = noting_step, noting_set_timesteps
     try:
-        yield
+        with watched_scheduler(scheduler, end_step, end_run):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        if scheduler is not None:
-            del scheduler.step, scheduler.set_timesteps
+
+
+@contextmanager
+def watched_scheduler(
+    scheduler: Any, on_step: Callable[[Any, Tensor, Any], object], on_start: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Tell of what a diffusers scheduler does, and of what deep copies do that a pipeline makes of it meanwhile.
+
+    The scheduler's class is another one meanwhile, which copies inherit; attributes of the instance would leave copies
+    bound to the original.
+
+    Args:
+        scheduler: None if there is none; then nothing is told.
+        on_step: called after each step with the scheduler or copy that took it, the model's output and the result.
+        on_start: called before the time steps of another run are set.
+    """
+    if scheduler is None:
+        yield
+        return
+    kind = type(scheduler)
+    plain = getattr(kind, "unwatched", kind)
+
+    class Watched(kind):
+        unwatched = plain
+
+        @functools.wraps(kind.step)  # pipelines inspect the signatures
+        def step(self, *arguments: Any, **keywords: Any) -> Any:
+            result = kind.step(self, *arguments, **keywords)
+            on_step(self, arguments[0] if arguments else keywords["model_output"], result)
+            return result
+
+        @functools.wraps(kind.set_timesteps)
+        def set_timesteps(self, *arguments: Any, **keywords: Any) -> Any:
+            on_start()
+            return kind.set_timesteps(self, *arguments, **keywords)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            memo[id(self)] = new = object.__new__(type(self))
+            new.__dict__.update(copy.deepcopy(vars(self), memo))
+            return new
+
+        def __reduce_ex__(self, protocol: Any) -> tuple:  # a pickle finds a class by its name
+            return object.__new__, (plain,), vars(self)
+
+    Watched.__name__, Watched.__qualname__, Watched.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    scheduler.__class__ = Watched
+    try:
+        yield
+    finally:
+        scheduler.__class__ = kind
+        del Watched.step, Watched.set_timesteps  # copies that are left are as the original
 
 
 def _find_weights(outputs: list[Tensor], given: Tensor) -> tuple[float, ...]:
@@ -198,7 +243,7 @@ def _split(outputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     if not shape or any(o.ndim != len(shape) or o.shape[1:] != outputs[0].shape[1:] for o in outputs):
         return nothing
     joined = torch.cat(outputs)
-    if len(shape) > 1:
+    if shape[1:]:
         joined = joined[:, : shape[1]]
     is_divisible = len(joined) % shape[0] == 0 if shape[0] else False
     return joined.reshape(-1, *shape) if is_divisible and joined.shape[1:] == shape[1:] else nothing

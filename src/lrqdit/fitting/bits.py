@@ -1,13 +1,14 @@
-"""Mixed precision: how much the model's output changes with each layer's weight bits, and which bits a budget allows.
+"""Mixed precision: how much each layer's weight bits change the model's output, and which bits a budget allows.
 
-Two ways to know, both at one width; at the others the change is scaled by fixed factors, which choose as well as
-measuring at every width. Errors of different layers add up within a few per cent.
+The change is found at one width of each layer. At other widths it is that value times a fixed factor
+(``RELATIVE_ERROR``); measuring at every width gave no better choice. The changes of different layers add up to the
+change of all of them, within a few per cent. There are two ways to find the change at one width:
 
-- estimated from calibration: with D the rounding error of a weight and M the gradients of
-  :mod:`lrqdit.calibration.moments`, the output changes by <M, D>, whose mean square is
-  tr(D E[M^T M] D^T) / out_features if all rows of M are alike;
-- measured: one layer at a time is replaced by its quantized form (activations in full) and the recorded denoising steps
-  are run again. It chooses better, and takes a run of the model for each layer.
+- ``gradient`` estimates it from calibration. Let D be the rounding error of a weight and M the matrix of gradients that
+  :mod:`lrqdit.calibration.moments` defines. To first order the output changes by <M, D>. Its mean square is
+  tr(D E[M^T M] D^T) / out_features, if all rows of M have the same distribution.
+- ``measured`` replaces one layer at a time by its rounded form, with float activations, and runs the recorded denoising
+  steps again. It chooses better, and needs a few runs of the model for each layer.
 """
 
 import dataclasses
@@ -20,22 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from lrqdit.calibration.steps import Step
-from lrqdit.config import WEIGHT_BITS, QuantizationConfig
-from lrqdit.errors import ConfigError, NumericalError
-from lrqdit.models.registry import Selection, layers_stored_at_8_bits
+from lrqdit.config import QuantizationConfig
+from lrqdit.errors import ConfigError, ModelError, NumericalError
+from lrqdit.models.registry import KEPT, Plan, linear_layers
 from lrqdit.numerics.rotation import single_thread
 from lrqdit.packed.format import InputFormat, LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
-# A layer's error by weight bits. A bit counts four; from 3 to 2 bits the late steps show 4.8 (the median), and
-# cross-attention's queries and keys lose at earlier steps what they do not show. 5 and 6 bits were measured on Gaussian
-# weights alone, where a bit on a trellis counts 3.6 or 3.7; the sixth counts 2.5, because it has no trellis
+# Squared error of a layer by weight bits, relative to 3 bits. One bit less multiplies it by 4. From 3 to 2 bits the
+# last denoising steps show a factor of 4.8 (median over layers); 8 is used, because the queries and keys of cross-
+# attention also lose at earlier steps, which are not recorded. The factors of 5 and 6 bits were measured on Gaussian
+# weights: 3.6 or 3.7 for a bit on a trellis, 2.5 for the sixth bit, which has no trellis.
 RELATIVE_ERROR = {2: 8.0, 3: 1.0, 4: 0.25, 5: 0.0625, 6: 0.025, 8: 0.003}
-
-
-def options(is_weight_only: bool) -> tuple[int, ...]:
-    """The weight bits that a layer may get; large modulation layers never less than 4."""
-    return tuple(bits for bits in WEIGHT_BITS if bits >= (4 if is_weight_only else 2))
 
 
 def estimate(layer: QuantLinear, weight: Tensor, moment: Tensor, energy: float) -> float:
@@ -66,6 +63,16 @@ class Probe:
         self._training = [part for part in module.modules() if part.training]
         self._exact: list[Tensor] = []
 
+    @classmethod
+    def of(cls, module: nn.Module, steps: list[Step]) -> "Probe":
+        """A probe, or :class:`ModelError` if calibration could not keep any step."""
+        if not steps:
+            raise ModelError(
+                f"sensitivity='measured': no call of {type(module).__name__} could be kept to measure on, its "
+                "arguments are more than tensors, numbers and texts; set sensitivity='gradient'"
+            )
+        return cls(module, steps)
+
     def __enter__(self) -> "Probe":
         self._module.eval()
         return self
@@ -83,7 +90,7 @@ class Probe:
         """
         if not self._exact:
             self._exact = [step.run(self._module) for step in self._steps]
-        original = self._module.get_submodule(name)
+        original = linear_layers(self._module)[name]
         self._module.set_submodule(name, layer.to_linear().to(original.weight.device, original.weight.dtype))
         try:
             changes = [
@@ -98,28 +105,51 @@ class Probe:
         return change
 
 
-def at_every_width(change: float, bits: int, is_weight_only: bool) -> dict[int, float]:
+def at_every_width(change: float, bits: int, widths: Sequence[int]) -> dict[int, float]:
     """A change measured at some weight bits, at every width that the layer may get."""
-    return {width: change * RELATIVE_ERROR[width] / RELATIVE_ERROR[bits] for width in options(is_weight_only)}
+    return {width: change * RELATIVE_ERROR[width] / RELATIVE_ERROR[bits] for width in widths}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """What a module holds beside the layers that are quantized.
+
+    Args:
+        model: its class, for messages.
+        parameters: of the whole module.
+        size_bytes: of everything outside of these layers, as it will be stored.
+    """
+
+    model: str
+    parameters: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, module: nn.Module, plan: Plan, dtype: torch.dtype | None = None) -> "Rest":
+        """Count a module; ``dtype``: that float tensors will be stored in, where it is narrower than theirs."""
+        parameters = size_bytes = 0
+        for key, tensor in module.state_dict().items():
+            parameters += tensor.numel()
+            if plan.get(key.rpartition(".")[0], KEPT) == KEPT:
+                is_cast = dtype is not None and tensor.is_floating_point()
+                size = min(dtype.itemsize, tensor.element_size()) if is_cast and dtype else tensor.element_size()
+                size_bytes += tensor.numel() * size
+        return cls(type(module).__name__, parameters, size_bytes)
 
 
 def choose_bits(
-    module: nn.Module,
-    formats: Mapping[str, LinearFormat],
-    predicted: Mapping[str, Mapping[int, float]],
-    kept: Mapping[str, LinearFormat],
+    formats: Mapping[str, LinearFormat], predicted: Mapping[str, Mapping[int, float]], rest: Rest,
     config: QuantizationConfig,
-    dtype: torch.dtype | None = None,
-) -> dict[str, int]:
+) -> dict[str, int]:  # fmt: skip
     """Weight bits by layer: the smallest sum of predicted changes within ``config.average_bits`` of the whole module,
     or, if that is None, within what the layers would take as they are without principal parts (or the least possible).
 
     Args:
-        module: the original model.
-        formats: of the layers to choose for, at any weight bits.
-        predicted: mean squared change of the module's output by layer and weight bits.
-        kept: formats of the layers that are quantized at a width of their own.
-        dtype: that float tensors outside these layers will be stored in, where it is narrower than theirs.
+        formats: of every quantized layer, as it is now.
+        predicted: mean squared change of the module's output by layer and weight bits; layers that are not named keep
+            their bits.
+        rest: of the module.
+        config: the budget and the kind of the levels.
 
     Raises:
         ConfigError: if the budget is below what the smallest widths take; it names that.
@@ -131,24 +161,18 @@ def choose_bits(
     def without_principal(layout: LinearFormat) -> LinearFormat:
         return dataclasses.replace(layout, input=dataclasses.replace(layout.input, principal_rank=0))
 
-    costs = {name: [at_bits(layout, bits).size_bytes for bits in predicted[name]] for name, layout in formats.items()}
+    costs = {name: [at_bits(formats[name], bits).size_bytes for bits in changes] for name, changes in predicted.items()}
     smallest = sum(min(values) for values in costs.values())
     if config.average_bits is None:
-        plain = sum(without_principal(layout).size_bytes for layout in formats.values())
+        plain = sum(without_principal(formats[name]).size_bytes for name in predicted)
         return _pick(costs, predicted, max(plain, smallest))
-    parameters, others = 0, sum(layout.size_bytes for layout in kept.values())
-    for key, tensor in module.state_dict().items():
-        parameters += tensor.numel()
-        if key.rpartition(".")[0] not in formats.keys() | kept.keys():
-            is_cast = dtype is not None and tensor.is_floating_point()
-            size = min(dtype.itemsize, tensor.element_size()) if is_cast and dtype else tensor.element_size()
-            others += tensor.numel() * size
-    budget = math.floor(config.average_bits * parameters / 8) - others
+    others = rest.size_bytes + sum(layout.size_bytes for name, layout in formats.items() if name not in predicted)
+    budget = math.floor(config.average_bits * rest.parameters / 8) - others
     if budget < smallest:
-        least = math.ceil(8 * (smallest + others) / parameters * 1000) / 1000
+        least = math.ceil(8 * (smallest + others) / rest.parameters * 1000) / 1000
         raise ConfigError(
-            f"average_bits={config.average_bits:g} cannot be reached: {type(module).__name__} takes at least {least} "
-            "true bits per parameter, scales and kept layers included"
+            f"average_bits={config.average_bits:g} cannot be reached: {rest.model} takes at least {least} true bits "
+            "per parameter, scales and kept layers included"
         )
     return _pick(costs, predicted, budget)
 
@@ -205,28 +229,24 @@ def choose_options(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[flo
     return chosen[::-1]
 
 
-def check_budget(
-    module: nn.Module, selection: Selection, config: QuantizationConfig, dtype: torch.dtype | None
-) -> None:
+def check_budget(layers: Mapping[str, nn.Linear], plan: Plan, rest: Rest, config: QuantizationConfig) -> None:
     """Raise before anything runs if ``average_bits`` cannot be reached even by layers without input transforms.
 
     What the error names then leaves room for them. The budget is checked exactly once they are known.
     """
-    names = [(name, False) for name in selection.quantized] + [(name, True) for name in selection.weight_only]
-    predicted = {name: dict.fromkeys(options(is_weight_only), 0.0) for name, is_weight_only in names}
+    predicted = {name: dict.fromkeys(t.widths, 0.0) for name, t in plan.items() if t.is_fitted}
 
     def choose(has_transform: bool) -> None:
-        def layout(name: str, has_transform: bool) -> LinearFormat:
-            layer = module.get_submodule(name)
-            shared = InputFormat(layer.in_features, 16, has_offset=has_transform, has_scale=has_transform)
-            has_bias = layer.bias is not None
-            return LinearFormat(
-                shared, layer.out_features, 8, table_rows=0, has_bias=has_bias or has_transform,
-                has_original_bias=has_bias,
-            )  # fmt: skip
-
-        kept = {name: layout(name, False) for name in layers_stored_at_8_bits(module, selection, config)}
-        choose_bits(module, {name: layout(name, has_transform) for name in predicted}, predicted, kept, config, dtype)
+        formats = {}
+        for name, treatment in plan.items():
+            if treatment != KEPT:
+                layer, has = layers[name], has_transform and treatment.is_fitted
+                shared = InputFormat(layer.in_features, 16, has_offset=has, has_scale=has)
+                has_bias = layer.bias is not None
+                formats[name] = LinearFormat(
+                    shared, layer.out_features, 8, table_rows=0, has_bias=has_bias or has, has_original_bias=has_bias
+                )
+        choose_bits(formats, predicted, rest, config)
 
     try:
         choose(has_transform=False)

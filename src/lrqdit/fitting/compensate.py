@@ -1,22 +1,24 @@
 """Rounding that compensates its own error: GPTQ on the levels of any codebook.
 
-With S = E[x~^T x~] the second moment of a layer's transformed input and x~q = c x~ + e what its quantized tokens really
-are (c the gain of rounding and clipping, e noise of variance s^2 in every channel, both measured), the expected squared
-output error of weights V that stand for W~ is, up to a constant and relative to the unbiased target,
+Let S = E[x~^T x~] be the second moment of a layer's transformed input. Its quantized tokens are x~q = c x~ + e: c is
+the gain of rounding and clipping, and e is noise of variance s^2 in every channel. Both are measured. For rounded
+weights V in the place of W~, the expected squared error of the output, relative to the exact output and up to a
+constant, is
 
-    tr (V - W~) H (V - W~)^T,        H = c^2 S + s^2 I + lambda mean(diag S) I,
+    tr (V - W~) H (V - W~)^T,        H = c^2 S + s^2 I + lambda mean(diag S) I.
 
-so coarse activations damp the Hessian by themselves. W~ is rounded column by column, each column's error spread over
-the columns still to come (GPTQ, arXiv 2210.17323: the optimal brain surgeon's update), in descending order of diag(H).
-Then each row's scale is set so that the rounded row is as long as the exact one along it in the metric H: rounding to
-centroids shrinks every row a little, and what all layers lose at every step adds up in the picture.
+So coarse activations damp the Hessian without a setting. GPTQ (arXiv 2210.17323) rounds W~ column by column, in
+descending order of diag(H), and spreads each column's error over the columns that are still to come. Then the scale of
+each row is set so that <w, v> = <w, w> in the metric H, with w the exact row and v the rounded one. Rounding to
+centroids shrinks every row a little; without this step the losses of all layers and steps add up in a picture.
 
-S comes from all calibration tokens, at a cost that does not depend on their number; half of it is replaced by the
-moment that weighs tokens by what they do to the model's output (:mod:`lrqdit.calibration.moments`), at the same trace.
-The tokens of prompts that were held out decide, per layer, between this and plain rounding.
+S is a sum over all calibration tokens. Half of it is replaced by the moment that weighs tokens by their effect on the
+model's output (:mod:`lrqdit.calibration.moments`), scaled to the same trace. For each layer, the tokens of held-out
+prompts decide between this and rounding to the nearest level.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -107,17 +109,6 @@ def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return order, upper
 
 
-def damp_moment(moment: Tensor, damping: float) -> Tensor:
-    """moment + damping * mean(diag) * I, float64, its mean diagonal 1; that of a constant input is I."""
-    moment = moment.double()
-    variance = float(moment.diagonal().mean())
-    if not variance > 0:
-        return torch.eye(len(moment), dtype=torch.float64)
-    moment = moment / variance
-    moment.diagonal().add_(damping)
-    return moment / (1 + damping)
-
-
 def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
     """E[x~^T x~] of E[(x - mu)^T (x - mu)], float64 and symmetric: (D M D) rotated on both sides."""
     directions = None if transform.principal is None else transform.principal.values
@@ -156,23 +147,37 @@ def round_weight(weight: Tensor, levels: Codebook, curvature: Curvature) -> tupl
     return *results[best], {kind: error / plain for kind, error in squared.items()}
 
 
-def compensate(weight: Tensor, levels: Codebook, curvature: Curvature) -> Tensor:
-    """GPTQ: codes uint8 of weight (out_features, in_features), the error update in blocks of columns."""
-    order, upper = curvature.order, curvature.upper
-    left = weight[:, order]
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    width = weight.shape[1]
-    for start in range(0, width, COLUMNS_PER_BLOCK):
+def gptq(weight: Tensor, order: Tensor, upper: Tensor, round_column: Callable[[Tensor, int], Tensor]) -> None:
+    """GPTQ (arXiv 2210.17323): columns are rounded one by one, each one's error made up for by those still to come.
+
+    Args:
+        weight: float32 (out_features, in_features); it is only read.
+        order: columns in the order in which they are rounded; upper: see :func:`factorize`.
+        round_column: from what a column shall be, (out_features, 1), and its index, to what it is rounded to. It keeps
+            what it needs.
+    """
+    left, width = weight[:, order], weight.shape[1]
+    for start in range(0, width, COLUMNS_PER_BLOCK):  # the error update of later columns in blocks
         stop = min(start + COLUMNS_PER_BLOCK, width)
         errors = torch.empty(len(weight), stop - start, dtype=torch.float32)
-        for column in range(start, stop):
-            current = left[:, column : column + 1]
-            code = levels.encode(current)
-            error = (current - levels.decode(code)) / upper[column, column]
-            left[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
-            codes[:, order[column]] = code[:, 0]
-            errors[:, column - start] = error[:, 0]
+        for place in range(start, stop):
+            current = left[:, place : place + 1]
+            error = (current - round_column(current, int(order[place]))) / upper[place, place]
+            left[:, place + 1 : stop] -= error * upper[place, place + 1 : stop]
+            errors[:, place - start] = error[:, 0]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
+
+
+def compensate(weight: Tensor, levels: Codebook, curvature: Curvature) -> Tensor:
+    """Codes uint8 of a weight (out_features, in_features), rounded by :func:`gptq`."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+
+    def round_column(values: Tensor, column: int) -> Tensor:
+        code = levels.encode(values)
+        codes[:, column] = code[:, 0]
+        return levels.decode(code)
+
+    gptq(weight, curvature.order, curvature.upper, round_column)
     return codes
 
 

@@ -2,218 +2,191 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lrqdit.calibration.runs import RunFolder
-from lrqdit.calibration.statistics import ActivationStats, InputGroup
+from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.calibration.steps import Calibration
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ModelError
-from lrqdit.fitting.bits import Probe, at_every_width, choose_bits, estimate
-from lrqdit.fitting.compensate import Curvature, measure_curvature
-from lrqdit.fitting.layer import keep_at_8_bits, quantize_linear
+from lrqdit.fitting.bits import Probe, Rest, at_every_width, choose_bits, estimate
+from lrqdit.fitting.compensate import measure_curvature
+from lrqdit.fitting.layer import FittedInput, LinearLike, quantize_linear, quantize_without_data
 from lrqdit.fitting.reports import GroupReport
 from lrqdit.fitting.transform import choose_transform, data_free_transform
-from lrqdit.models import registry as models
+from lrqdit.models.registry import Plan, Treatment
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
+Fitted = tuple[dict[str, QuantLinear], GroupReport]
+
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """Layers that share an input and are treated alike."""
+class Part:
+    """Layers that share an input and are treated alike; ``stats`` of that input, None without calibration."""
 
     names: list[str]
-    group: InputGroup | None
-    is_weight_only: bool
-
-    def bits(self, config: QuantizationConfig) -> tuple[int, int]:
-        """Weight bits (with a budget: those that sensitivity is measured at) and activation bits."""
-        weight_bits = config.weight_bits if config.average_bits is None else min(4, config.weight_bits)
-        return (max(4, weight_bits), 16) if self.is_weight_only else (weight_bits, config.activation_bits)
+    stats: ActivationStats | None
+    treatment: Treatment
 
 
-class _Results:
-    """Finished groups of layers by key: kept in a folder if there is one, so that a killed run continues."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One module to quantize. Its layers are only read; :meth:`run` returns what shall replace them.
 
-    def __init__(self, folder: RunFolder | None) -> None:
-        self._folder = folder
+    Args:
+        name: of the module, for messages and progress.
+        layers: its linear layers by name.
+        plan: what becomes of each.
+        config: how.
+        rest: parameters and bytes of the module outside of the layers that are quantized.
+        calibration: what was observed; None quantizes without data.
+        probe: for ``sensitivity="measured"``, made of the module and the recorded steps.
+        folder: where finished groups are kept, so that a killed run continues.
+        show_progress: progress bars on stderr.
+    """
 
-    def get(
-        self, key: str, names: list[str], compute: Callable[[], tuple[dict[str, QuantLinear], GroupReport]]
-    ) -> tuple[dict[str, QuantLinear], GroupReport]:
-        """The layers and report under ``key``, computed if they are not there."""
-        kept = self._folder.load(key) if self._folder else None
-        if kept:
-            return _restore(names, kept)
-        layers, report = compute()
-        if self._folder:
-            tensors = {f"{n}:{k}": t for n, layer in layers.items() for k, t in layer.state_dict().items()}
-            formats = {n: layer.format.to_dict() for n, layer in layers.items()}
-            self._folder.save(key, tensors, {"formats": formats, "report": dataclasses.asdict(report)})
-        return layers, report
+    name: str
+    layers: Mapping[str, LinearLike]
+    plan: Plan
+    config: QuantizationConfig
+    rest: Rest
+    calibration: Calibration | None = None
+    probe: Probe | None = None
+    folder: RunFolder | None = None
+    show_progress: bool = True
 
-
-def quantize_module(
-    component: str,
-    module: nn.Module,
-    selection: models.Selection,
-    calibration: Calibration | None,
-    config: QuantizationConfig,
-    run_folder: RunFolder | None,
-    show_progress: bool,
-    stored_dtype: torch.dtype | None,
-) -> tuple[dict[str, QuantLinear], list[GroupReport]]:
-    """The quantized form of every selected layer of a module, by name; the module itself is only read."""
-    weight_only = set(selection.weight_only)
-    if calibration:
-        pairs: list[tuple[list[str], InputGroup | None]] = [(group.names, group) for group in calibration.groups]
-    else:
-        pairs = [([name], None) for name in selection.quantized + selection.weight_only]
-    # layers that share an input but are treated differently cannot share its codes
-    split = [_Part([n for n in names if (n in weight_only) == flag], group, flag) for names, group in pairs
-             for flag in (False, True)]  # fmt: skip
-    parts = [part for part in split if part.names]
-    results, probe, stack = _Results(run_folder), None, contextlib.ExitStack()
-    is_mixed = calibration is not None and config.is_mixed
-    if calibration is not None and is_mixed and config.sensitivity == "measured":
-        if not calibration.steps:
-            raise ModelError(
-                f"sensitivity='measured': no call of {type(module).__name__} could be kept to measure on, its "
-                "arguments are more than tensors, numbers and texts; set sensitivity='gradient'"
-            )
-        probe = stack.enter_context(Probe(module, calibration.steps))
-    replacements: dict[str, QuantLinear] = {}
-    reports = []
-    with stack:
-        for number, part in enumerate(tqdm(parts, f"quantizing {component}", disable=not show_progress)):
-            layers, report = results.get(
-                f"group-{number}", part.names, lambda part=part: _quantize_group(module, part, config, probe)
-            )
-            replacements.update(layers)
-            reports.append(report)
-    kept = {
-        name: keep_at_8_bits(name, module.get_submodule(name), config)
-        for name in models.layers_stored_at_8_bits(module, selection, config)
-    }
-    if is_mixed:
-        predicted = {
-            name: {int(bits): error for bits, error in errors.items()}
-            for report in reports
-            for name, errors in report.predicted.items()
+    def run(self) -> tuple[dict[str, QuantLinear], list[GroupReport]]:
+        """The quantized form of every layer that the plan does not leave as it is, and a report of each group."""
+        config, replacements, reports = self.config, {}, []
+        parts = self._parts()
+        with self.probe or contextlib.nullcontext():
+            for number, part in enumerate(tqdm(parts, f"quantizing {self.name}", disable=not self.show_progress)):
+                layers, report = self._keep(f"group-{number}", part, lambda part=part: self._quantize(part))
+                replacements.update(layers)
+                reports.append(report)
+        stored = {
+            name: quantize_without_data(name, self.layers[name], treatment, config)
+            for name, treatment in self.plan.items()
+            if treatment.weight_bits < 16 and not treatment.is_fitted
         }
+        if self.calibration is None or not config.is_mixed:
+            return replacements | stored, reports
+        predicted = {name: errors for report in reports for name, errors in report.predicted.items()}
         if not predicted and config.average_bits is not None:
             raise ModelError(
-                f"average_bits: calibration saw no gradients of {type(module).__name__} to estimate what its layers' "
-                "bits do; set sensitivity='measured'"
+                f"average_bits: calibration saw no gradients of {self.name} to estimate what its layers' bits do; set "
+                "sensitivity='measured'"
             )
-        formats = {name: replacements[name].format for name in predicted}
-        others = {name: layer.format for name, layer in (replacements | kept).items() if name not in predicted}
-        chosen = choose_bits(module, formats, predicted, others, config, stored_dtype)
-        for number, part in enumerate(tqdm(parts, f"choosing bits of {component}", disable=not show_progress)):
-            layers, reports[number] = results.get(
-                f"chosen-{number}", part.names,
-                lambda part=part, number=number: _change_bits(
-                    module, part, config, {n: replacements[n] for n in part.names}, reports[number], chosen
+        changes = {name: {int(bits): error for bits, error in errors.items()} for name, errors in predicted.items()}
+        formats = {name: layer.format for name, layer in (replacements | stored).items()}
+        chosen = choose_bits(formats, changes, self.rest, config)
+        for number, part in enumerate(tqdm(parts, f"choosing bits of {self.name}", disable=not self.show_progress)):
+            layers, reports[number] = self._keep(
+                f"chosen-{number}", part,
+                lambda part=part, number=number: self._change_bits(
+                    part, {name: replacements[name] for name in part.names}, reports[number], chosen
                 ),
             )  # fmt: skip
             replacements.update(layers)
-    return replacements | kept, reports
+        return replacements | stored, reports
 
+    def _parts(self) -> list[Part]:
+        """Groups of layers as observed, split where layers of one input are treated differently."""
+        fitted = [name for name, treatment in self.plan.items() if treatment.is_fitted]
+        pairs: list[tuple[list[str], ActivationStats | None]] = [([name], None) for name in fitted]
+        if self.calibration is not None:
+            pairs = [(group.names, group.stats) for group in self.calibration.groups]
+        treatments = list(dict.fromkeys(self.plan[name] for name in fitted))
+        split = [
+            Part([name for name in names if self.plan[name] == treatment], stats, treatment)
+            for names, stats in pairs
+            for treatment in treatments
+        ]
+        return [part for part in split if part.names]
 
-def _quantize_group(
-    module: nn.Module, part: _Part, config: QuantizationConfig, probe: Probe | None
-) -> tuple[dict[str, QuantLinear], GroupReport]:
-    """Choose the group's input transform and quantize its layers with it; find out what that does to the output."""
-    weight_bits, activation_bits = part.bits(config)
-    originals = {name: module.get_submodule(name) for name in part.names}
-    transform: InputTransform
-    if part.group is None:
-        transform = data_free_transform(originals[part.names[0]].in_features, config, activation_bits)
-        report = GroupReport(part.names, weight_bits, activation_bits, transform.rotation.kind, False, transform.clip)
-    else:
-        weights = {name: layer.weight.detach().cpu().float() for name, layer in originals.items()}
-        transform, report = choose_transform(weights, part.group.stats, config, weight_bits, activation_bits)
-    curvature = _curvature(part, transform, config, weight_bits)
-    layers = {
-        name: _quantize_layer(module, part, name, transform, config, weight_bits, curvature, report)
-        for name in part.names
-    }
-    changes: dict[str, float] = {}
-    if probe is not None:
-        changes = {name: probe.measure(name, layer) for name, layer in layers.items()}
-    elif config.is_mixed and part.group is not None:
-        changes = _estimate_changes(part.group.stats, transform, layers, originals)
-    for name, change in changes.items():
-        errors = at_every_width(change, weight_bits, part.is_weight_only)
-        report.predicted[name] = {str(bits): error for bits, error in errors.items()}
-    return layers, report
+    def _keep(self, key: str, part: Part, compute: Callable[[], Fitted]) -> Fitted:
+        """What ``compute`` returns, or what an earlier run kept under ``key``."""
+        kept = self.folder.load(key) if self.folder else None
+        if kept:
+            return _restore(part.names, *kept)
+        layers, report = compute()
+        if self.folder:
+            tensors = {f"{n}:{k}": t for n, layer in layers.items() for k, t in layer.state_dict().items()}
+            formats = {n: layer.format.to_dict() for n, layer in layers.items()}
+            self.folder.save(key, tensors, {"formats": formats, "report": dataclasses.asdict(report)})
+        return layers, report
 
+    def _quantize(self, part: Part) -> Fitted:
+        """Choose the input transform of a part and quantize its layers; find out what that does to the output."""
+        treatment, names = part.treatment, part.names
+        bits = treatment.weight_bits, treatment.activation_bits
+        transform: InputTransform
+        if part.stats is None:
+            transform = data_free_transform(self.layers[names[0]].weight.shape[1], self.config, bits[1])
+            report = GroupReport(names, *bits, transform.rotation.kind, False, transform.clip)
+        else:
+            weights = {name: self.layers[name].weight.detach().cpu().float() for name in names}
+            transform, report = choose_transform(weights, part.stats, self.config, *bits)
+        layers = self._round(part, transform, dict.fromkeys(names, bits[0]), report)
+        changes: dict[str, float] = {}
+        if self.probe is not None:
+            changes = {name: self.probe.measure(name, layer) for name, layer in layers.items()}
+        elif self.config.is_mixed and part.stats is not None:
+            changes = self._estimate_changes(part.stats, transform, layers)
+        for name, change in changes.items():
+            errors = at_every_width(change, bits[0], treatment.widths)
+            report.predicted[name] = {str(width): error for width, error in errors.items()}
+        return layers, report
 
-def _estimate_changes(
-    stats: ActivationStats, transform: InputTransform, layers: dict[str, QuantLinear], originals: dict[str, nn.Linear]
-) -> dict[str, float]:
-    """By layer, its estimated change of the output; only of layers whose gradients calibration saw."""
-    offset = transform.input_offset
-    if offset is None:
-        offset = torch.zeros(transform.in_features, dtype=torch.float16)
-    moment = stats.output_moment(offset)
-    energies = {name: stats.gradient_energy(name) for name in layers}
-    if moment is None or not float(moment.trace()) > 0:
-        return {}
-    return {
-        name: estimate(layers[name], originals[name].weight, moment, energy)
-        for name, energy in energies.items()
-        if energy is not None
-    }
-
-
-def _change_bits(
-    module: nn.Module, part: _Part, config: QuantizationConfig, layers: dict[str, QuantLinear], report: GroupReport,
-    chosen: dict[str, int],
-) -> tuple[dict[str, QuantLinear], GroupReport]:  # fmt: skip
-    """The layers of a group at the chosen weight bits, their input transform as it is."""
-    transform = layers[part.names[0]].input_transform
-    bits = {name: chosen.get(name, layers[name].format.weight_bits) for name in part.names}
-    report = dataclasses.replace(report, chosen_bits=bits)
-    changed = [name for name in part.names if bits[name] != layers[name].format.weight_bits]
-    if changed:
-        curvature = _curvature(part, transform, config, min(bits[name] for name in changed))
-        layers |= {
-            name: _quantize_layer(module, part, name, transform, config, bits[name], curvature, report)
-            for name in changed
+    def _estimate_changes(
+        self, stats: ActivationStats, transform: InputTransform, layers: dict[str, QuantLinear]
+    ) -> dict[str, float]:
+        """By layer, its estimated change of the output; only of layers whose gradients calibration saw."""
+        zeros = torch.zeros(transform.in_features, dtype=torch.float32)
+        moment = stats.output_moment(zeros if transform.input_offset is None else transform.input_offset)
+        energies = {name: stats.gradient_energy(name) for name in layers}
+        if moment is None or not float(moment.trace()) > 0:
+            return {}
+        return {
+            name: estimate(layers[name], self.layers[name].weight, moment, energy)
+            for name, energy in energies.items()
+            if energy is not None
         }
-    return layers, report
+
+    def _change_bits(
+        self, part: Part, layers: dict[str, QuantLinear], report: GroupReport, chosen: dict[str, int]
+    ) -> Fitted:
+        """The layers of a part at the chosen weight bits, their input transform as it is."""
+        transform = layers[part.names[0]].input_transform
+        bits = {name: chosen.get(name, layers[name].format.weight_bits) for name in part.names}
+        report = dataclasses.replace(report, chosen_bits=bits)
+        changed = {name: width for name, width in bits.items() if width != layers[name].format.weight_bits}
+        return layers | self._round(part, transform, changed, report), report
+
+    def _round(
+        self, part: Part, transform: InputTransform, bits: dict[str, int], report: GroupReport
+    ) -> dict[str, QuantLinear]:
+        """The layers of a part that ``bits`` names, at these weight bits."""
+        curvature = None
+        if part.stats is not None and self.config.rounding == "compensated" and min(bits.values(), default=8) < 8:
+            activation_bits = part.treatment.activation_bits
+            curvature = measure_curvature(transform, part.stats, activation_bits, self.config.damping)
+        shared = FittedInput(transform, part.treatment.activation_bits, curvature, part.names[0])
+        return {
+            name: quantize_linear(name, self.layers[name], shared, width, self.config, report)
+            for name, width in bits.items()
+        }
 
 
-def _curvature(
-    part: _Part, transform: InputTransform, config: QuantizationConfig, weight_bits: int
-) -> Curvature | None:
-    """What compensated rounding needs; None where a layer of so many bits is rounded plainly."""
-    if part.group is None or config.rounding != "compensated" or weight_bits == 8:
-        return None
-    return measure_curvature(transform, part.group.stats, part.bits(config)[1], config.damping)
-
-
-def _quantize_layer(
-    module: nn.Module, part: _Part, name: str, transform: InputTransform, config: QuantizationConfig, weight_bits: int,
-    curvature: Curvature | None, report: GroupReport,
-) -> QuantLinear:  # fmt: skip
-    layer, owner = module.get_submodule(name), None if name == part.names[0] else part.names[0]
-    return quantize_linear(
-        name, layer.weight, layer.bias, transform, config, weight_bits, part.bits(config)[1], layer.weight.dtype, owner,
-        curvature, report,
-    )  # fmt: skip
-
-
-def _restore(names: list[str], kept: tuple[dict, dict]) -> tuple[dict[str, QuantLinear], GroupReport]:
+def _restore(names: list[str], tensors: dict[str, Tensor], values: dict[str, Any]) -> Fitted:
     """Layers and report of a group that an earlier run finished."""
-    tensors, values = kept
     layers: dict[str, QuantLinear] = {}
     for name in names:
         layer = QuantLinear(LinearFormat.from_dict(values["formats"][name]))

@@ -1,62 +1,82 @@
-"""From a dense linear layer to a quantized one: choose the input transform, fit the levels, fill the buffers.
+"""From a dense linear layer to a quantized one: fold its input transform, fit the levels, round, pack.
 
-For every group of layers that read one tensor the candidates (smoothing or not, each rotation, for 4-bit tokens with
-and without a principal part that is not rounded) are built, the weights are folded and quantized, and the output error
-on reservoir tokens decides:
-
-    error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
-
-relative to the part of the output that varies between tokens, so that a constant offset neither hides nor inflates it.
-The clip of each candidate is the ratio with the smallest error. On large layers a sample of rows decides. Then each
-weight is rounded to the nearest levels, or (``compensate``) so that later columns make up for earlier ones' errors.
+The weight is rounded to the nearest levels, or, with a curvature, by whichever does better on held-out tokens: the
+nearest levels or GPTQ, which lets later columns make up for the errors of earlier ones (:mod:`.compensate`).
 """
+
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from lrqdit.config import TRELLIS_BITS, QuantizationConfig
 from lrqdit.errors import NumericalError
 from lrqdit.fitting.compensate import Curvature, round_weight
 from lrqdit.fitting.reports import GroupReport
-from lrqdit.fitting.transform import fit_levels
+from lrqdit.fitting.transform import data_free_transform, fit_levels
 from lrqdit.kernels import ops
+from lrqdit.models.registry import Treatment
 from lrqdit.numerics import principal, rotation, trellis
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear, describe_input
 
 
-def check_finite(name: str, weight: Tensor, bias: Tensor | None) -> None:
+class LinearLike(Protocol):
+    """A linear layer as far as fitting goes: an ``nn.Linear``, or tensors read from a file."""
+
+    weight: Any  # float (out_features, in_features)
+    bias: Any  # float (out_features,) or None
+
+
+def check_finite(name: str, layer: LinearLike) -> None:
     """Raise :class:`NumericalError` naming the layer if its weight or bias contains NaN or Inf."""
-    for leaf, tensor in (("weight", weight), ("bias", bias)):
+    for leaf, tensor in (("weight", layer.weight), ("bias", layer.bias)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(
                 f"{name}.{leaf} contains NaN or Inf; check the checkpoint, or load it in another dtype"
             )
 
 
-def quantize_linear(
-    name: str, weight: Tensor, bias: Tensor | None, transform: InputTransform, config: QuantizationConfig,
-    weight_bits: int, activation_bits: int, dtype: torch.dtype, input_from: str | None = None,
-    curvature: Curvature | None = None, report: GroupReport | None = None,
-) -> QuantLinear:  # fmt: skip
-    """Fold the transform into a layer's weight and bias, fit its levels, round and pack.
+@dataclass(frozen=True)
+class FittedInput:
+    """What rounding needs to know of the input that the layers of a group share.
 
     Args:
-        name: for messages.
-        weight: float (out_features, in_features); bias: float (out_features,) or None.
-        transform: of the layer's input.
-        dtype: the dtype the layer answers for its weight.
-        input_from: name of the layer that owns the transform, if it is another one.
-        curvature: of the layer's transformed input, for rounding that compensates its error; None rounds plainly.
+        transform: centring, smoothing, rotation and clip.
+        activation_bits: of its codes; 16 for float activations.
+        curvature: of the transformed input, for rounding that compensates its error; None rounds plainly.
+        owner: name of the layer that stores the transform.
+    """
+
+    transform: InputTransform
+    activation_bits: int
+    curvature: Curvature | None = None
+    owner: str | None = None
+
+
+def quantize_linear(
+    name: str, layer: LinearLike, shared: FittedInput, weight_bits: int, config: QuantizationConfig,
+    report: GroupReport | None = None,
+) -> QuantLinear:  # fmt: skip
+    """Fold the input transform into a layer's weight and bias, fit its levels, round and pack.
+
+    Args:
+        name: of the layer.
+        layer: float weight (out_features, in_features), and bias (out_features,) or None. The result answers the
+            weight's dtype for its own.
+        shared: of its input.
+        weight_bits: of the codes.
+        config: kind of the levels.
         report: where the errors of the ways of rounding are noted.
 
     Raises:
         NumericalError: if the weight contains NaN or Inf.
     """
-    check_finite(name, weight, bias)
-    weight = weight.detach().cpu().float()
+    check_finite(name, layer)
+    transform, curvature = shared.transform, shared.curvature
+    weight, bias = layer.weight.detach().cpu().float(), layer.bias
     folded = ops.fold(transform, weight)
     levels = fit_levels(name, folded, weight_bits, config)
     if is_trellis := config.has_trellis and weight_bits in TRELLIS_BITS:
@@ -67,7 +87,7 @@ def quantize_linear(
         shift = torch.from_numpy(shift)
         new_bias = (shift if new_bias is None else new_bias.double() + shift).float()
     layout = LinearFormat(
-        describe_input(transform, activation_bits),
+        describe_input(transform, shared.activation_bits),
         len(weight),
         weight_bits,
         levels.kind,
@@ -75,7 +95,7 @@ def quantize_linear(
         is_trellis=is_trellis,
         has_bias=new_bias is not None,
         has_original_bias=bias is not None,
-        input_from=input_from,
+        input_from=None if shared.owner == name else shared.owner,
     )
     outlet = None
     if transform.principal is not None:
@@ -87,10 +107,18 @@ def quantize_linear(
         if report is not None:
             report.rounding[name] = errors
     table = None if weight_bits == 8 else levels.table
-    return QuantLinear(layout, dtype).fill(codes, table, levels.row_scale, new_bias, transform, outlet)
+    return QuantLinear(layout, layer.weight.dtype).fill(codes, table, levels.row_scale, new_bias, transform, outlet)
 
 
-def keep_at_8_bits(name: str, layer: nn.Linear, config: QuantizationConfig) -> QuantLinear:
-    """A layer outside the low-bit set, stored weight-only: uniform 8-bit levels per row, no transform."""
-    plain = InputTransform(rotation.Rotation("none", layer.in_features), None, None)
-    return quantize_linear(name, layer.weight, layer.bias, plain, config, 8, 16, layer.weight.dtype)
+def quantize_without_data(
+    name: str, layer: LinearLike, treatment: Treatment, config: QuantizationConfig
+) -> QuantLinear:
+    """A layer by its treatment alone: where it would be fitted, with a transform that needs no data; else with none."""
+    in_features = layer.weight.shape[1]
+    if treatment.is_fitted:
+        transform = data_free_transform(in_features, config, treatment.activation_bits)
+    else:
+        transform = InputTransform(rotation.Rotation("none", in_features), None, None)
+    return quantize_linear(
+        name, layer, FittedInput(transform, treatment.activation_bits), treatment.weight_bits, config
+    )

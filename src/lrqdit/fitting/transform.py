@@ -1,8 +1,18 @@
-"""The input transform of layers that read one tensor: every candidate is built and measured, the best one kept."""
+"""The input transform of layers that read one tensor: every candidate is built and measured, the best one kept.
+
+A candidate is smoothed or not, has one of the rotations, and for 4-bit tokens passes a principal part beside the codes
+or not. Its weights are folded and quantized, and the output error on tokens of the reservoir decides:
+
+    error = || Q(x~) Q(W~)^T - (x - mean) W^T ||^2 / || (x - mean) W^T ||^2
+
+It is relative to the part of the output that varies between tokens, so that a constant offset neither hides nor
+inflates it. The clip of a candidate is the ratio with the smallest error. On large layers a sample of rows decides.
+"""
 
 import dataclasses
 import math
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 import torch
@@ -157,7 +167,7 @@ def _fit_clip(
     return best, best_error / max(varying, 1e-300)
 
 
-def token_levels(config: QuantizationConfig, bits: int) -> tuple[str, ...]:
+def token_levels(config: QuantizationConfig, bits: int) -> tuple[Literal["uniform", "normal"], ...]:
     """The kinds of levels that tokens of so many bits may take."""
     if bits != 4 or config.token_levels == "uniform":
         return ("uniform",)

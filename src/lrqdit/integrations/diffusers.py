@@ -12,6 +12,8 @@
     )
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+# diffusers' base class states no results of its methods, or too narrow ones
 import copy
 import enum
 from pathlib import Path
@@ -26,9 +28,9 @@ from torch import Tensor, nn
 
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
-from lrqdit.fitting.layer import keep_at_8_bits, quantize_linear
-from lrqdit.fitting.transform import data_free_transform
-from lrqdit.models.registry import layers_stored_at_8_bits, select_layers
+from lrqdit.fitting.layer import quantize_without_data
+from lrqdit.kernels import cpu_attention as attention
+from lrqdit.models.registry import KEPT, Treatment, plan
 from lrqdit.packed import checkpoint
 from lrqdit.packed.files import check_safetensors
 from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, check_version
@@ -49,6 +51,8 @@ class LRQDiTConfig(QuantizationConfigMixin):
             (``mode="paper"``, ``seed=1``, ...; see :class:`lrqdit.QuantizationConfig`).
         settings, layers, format_version, quant_method: as read from a ``config.json``; not for users.
     """
+
+    quant_method: Any  # diffusers' enumeration has its own backends alone
 
     def __init__(
         self,
@@ -99,6 +103,7 @@ class LRQDiTConfig(QuantizationConfigMixin):
 class LRQDiTQuantizer(DiffusersQuantizer):
     """Loads packed layers as they are; quantizes float layers one by one as diffusers reads them."""
 
+    quantization_config: LRQDiTConfig
     requires_calibration = False
     use_keep_in_fp32_modules = True
 
@@ -109,7 +114,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         if self.pre_quantized and not quantization_config.layers:
             raise CheckpointError("the checkpoint's quantization_config lists no layers; copy the folder again")
         self._dtype: torch.dtype | None = None
-        self._pending: dict[str, str] = {}
+        self._plan: dict[str, Treatment] = {}  # of layers that are still to come
 
     @property
     def is_serializable(self) -> bool:
@@ -152,7 +157,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
             for layer in model.modules():
                 if isinstance(layer, QuantLinear):  # what no file holds is real from the start
                     for name in layer._non_persistent_buffers_set:
-                        layer._buffers[name] = torch.zeros_like(layer._buffers[name], device="cpu")
+                        layer._buffers[name] = torch.zeros_like(layer.get_buffer(name), device="cpu")
             checkpoint.check_dtypes(model, self._header)
             missing = sorted(set(model.state_dict()) - set(self._header))
             if missing:
@@ -161,17 +166,13 @@ class LRQDiTQuantizer(DiffusersQuantizer):
                     "; it is incomplete or belongs to another model"
                 )
             return
-        selection = select_layers(model, self.config.exclude)
-        kept = layers_stored_at_8_bits(model, selection, self.config)
-        self._pending = {name: "quantized" for name in selection.quantized}
-        self._pending |= {name: "weight_only" for name in selection.weight_only}
-        self._pending |= {name: "kept" for name in kept}
+        self._plan = {name: t for name, t in plan(model, self.config).items() if t != KEPT}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         owner, _, leaf = param_name.rpartition(".")
-        return owner in self._pending and leaf in ("weight", "bias")
+        return owner in self._plan and leaf in ("weight", "bias")
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any],
@@ -180,27 +181,21 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         """Hold a layer's parts until all have come, then replace it by its quantized form."""
         owner, _, leaf = param_name.rpartition(".")
         layer = model.get_submodule(owner)
+        assert isinstance(layer, nn.Linear)  # as the plan has no others
         # diffusers has cast param_value to the model's dtype; the state dict still has the original
         original = state_dict.get(param_name, param_value)
         setattr(layer, leaf, nn.Parameter(original.detach(), requires_grad=False))
         if layer.weight.is_meta or (layer.bias is not None and layer.bias.is_meta):
             return
-        treatment, config = self._pending.pop(owner), self.config
-        if treatment == "kept":
-            quantized = keep_at_8_bits(owner, layer, config)
-        else:
-            activation_bits = config.activation_bits if treatment == "quantized" else 16
-            weight_bits = config.weight_bits if treatment == "quantized" else max(4, config.weight_bits)
-            transform = data_free_transform(layer.in_features, config, activation_bits)
-            quantized = quantize_linear(
-                owner, layer.weight, layer.bias, transform, config, weight_bits, activation_bits, param_value.dtype
-            )
+        quantized = quantize_without_data(owner, layer, self._plan.pop(owner), self.config)
+        quantized._dtype_marker = quantized._dtype_marker.to(param_value.dtype)
         model.set_submodule(owner, quantized.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self._pending:
-            raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._pending))}; copy it again")
+        if self._plan:
+            raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._plan))}; copy it again")
         checkpoint.finish_layers(model)
+        attention.start()
         if self._dtype is None:
             self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for layer in model.modules():
@@ -209,7 +204,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         attach(model, self.config, self)
         return model
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> nn.Module:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
                 model.set_submodule(name, layer.to_linear())
@@ -218,7 +213,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         return model
 
 
-def attach(model: nn.Module, config: QuantizationConfig, quantizer: LRQDiTQuantizer | None = None) -> None:
+def attach(model: Any, config: QuantizationConfig, quantizer: LRQDiTQuantizer | None = None) -> None:
     """Leave on a quantized diffusers model what its ``save_pretrained`` reads."""
     values = checkpoint.format_config(model, config.to_dict())
     if quantizer is None:
@@ -239,5 +234,6 @@ def check_not_quantized(model: nn.Module, name: str) -> None:
         raise ModelError(f"{name} is quantized by another backend; load the original model and quantize that")
 
 
-AUTO_QUANTIZER_MAPPING[FORMAT_NAME] = LRQDiTQuantizer
-AUTO_QUANTIZATION_CONFIG_MAPPING[FORMAT_NAME] = LRQDiTConfig
+# typed by the entries they have
+AUTO_QUANTIZER_MAPPING[FORMAT_NAME] = LRQDiTQuantizer  # pyright: ignore[reportArgumentType]
+AUTO_QUANTIZATION_CONFIG_MAPPING[FORMAT_NAME] = LRQDiTConfig  # pyright: ignore[reportArgumentType]

@@ -6,12 +6,9 @@ on the CPU, and every picture is a batch of its own.
 
 import json
 import math
-import os
 import re
-import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,13 +17,12 @@ from torch import nn
 
 from lrqdit.errors import ConfigError, LrqditError, ModelError, first_line
 from lrqdit.fitting.reports import CalibrationReport
-from lrqdit.models import registry as models
-from lrqdit.packed.files import check_pipeline_folder, tensor_headers
-from lrqdit.packed.size import measure_size, weight_file_bytes
+from lrqdit.models import PIPELINE_COMPONENTS, registry
+from lrqdit.packed import files
+from lrqdit.packed.linear import DTYPES as STORED_DTYPES
+from lrqdit.packed.size import measure_size
 
-REPORT_FILE = "lrqdit_report.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def find_folder(source: str | Path) -> Path:
@@ -49,7 +45,7 @@ def find_folder(source: str | Path) -> Path:
             raise ModelError(
                 f"{source} is no folder here and cannot be had from the hub: {first_line(error)}"
             ) from error
-    check_pipeline_folder(folder)
+    files.check_pipeline_folder(folder)
     return folder
 
 
@@ -68,7 +64,7 @@ def load_pipeline(
         ModelError: if diffusers cannot load it.
         ConfigError: for an unknown dtype or device.
     """
-    device, dtype = _parse_device(device), _parse_dtype(dtype)
+    device, dtype = parse_device(device), _parse_dtype(dtype)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = find_folder(source)
     try:
@@ -84,13 +80,12 @@ def load_pipeline(
 
 def denoisers(pipeline: DiffusionPipeline) -> nn.ModuleDict:
     """The pipeline's modules that quantization concerns, by name."""
-    found = {name: getattr(pipeline, name, None) for name in models.PIPELINE_COMPONENTS}
-    return nn.ModuleDict({name: module for name, module in found.items() if isinstance(module, nn.Module)})
+    return nn.ModuleDict(registry.denoisers(pipeline))
 
 
 def denoiser_file_bytes(folder: Path) -> int:
     """Bytes on disk of the denoisers' weight files in a pipeline folder."""
-    return sum(weight_file_bytes(Path(folder) / name) for name in models.PIPELINE_COMPONENTS)
+    return sum(files.weight_file_bytes(Path(folder) / name) for name in PIPELINE_COMPONENTS)
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
@@ -98,11 +93,11 @@ def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     found = {}
     for part in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
         elements: Counter[str] = Counter()
-        for _, dtype, shape in tensor_headers(part):
+        for _, dtype, shape in files.tensor_headers(part):
             elements[dtype] += math.prod(shape)
-        known = [dtype for dtype, _ in elements.most_common() if dtype in _STORED_DTYPES]
+        known = [STORED_DTYPES[name] for name, _ in elements.most_common() if STORED_DTYPES[name] in DTYPES.values()]
         if known:
-            found[part.name] = _STORED_DTYPES[known[0]]
+            found[part.name] = known[0]
     return found
 
 
@@ -126,9 +121,9 @@ def save_quantized(pipeline: DiffusionPipeline, report: CalibrationReport, sourc
 
     def write(folder: Path) -> None:
         pipeline.save_pretrained(folder)
-        (folder / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+        (folder / files.REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
 
-    _write_folder(out, write)
+    files.write_folder_atomically(out, write)
 
 
 def check_output_folder(folder: Path, is_overwritten: bool) -> None:
@@ -143,20 +138,6 @@ def check_output_folder(folder: Path, is_overwritten: bool) -> None:
         raise ConfigError(f"{folder} is not a pipeline folder, so it is not overwritten; remove it yourself")
 
 
-def _write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a sibling folder, then put that in place of ``folder``: readers see the old or the new one."""
-    folder = Path(folder).absolute()
-    writing, replaced = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.replaced")
-    for leftover in (writing, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    writing.mkdir(parents=True)
-    write(writing)
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(writing, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -165,7 +146,8 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _parse_device(device: str | torch.device | None) -> torch.device:
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The device of a name; a CUDA device if there is one, else the CPU, if None."""
     try:
         parsed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

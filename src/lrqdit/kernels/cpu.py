@@ -1,4 +1,4 @@
-"""The native kernels of the operators in ops.py, registered for the "CPU" key if there is a native library.
+"""The native kernels of the operators in ops.py, registered for the "CPU" key unless torch is to compute.
 
 A layer that computes at once, on plain CPU tensors, calls the same kernels by :class:`LayerCalls`.
 """
@@ -22,9 +22,9 @@ from lrqdit.numerics.tokens import normal_lookup
 
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROTATION_CODES = {"none": 0, "hadamard": 1, "block_hadamard": 2, "outlier": 3}
-BUTTERFLIES = (12, 20, 28)  # orders beside the powers of two that need no matrix
-MAX_RANK = 32  # of a principal part in the kernels
-MAX_IN_FEATURES = (1 << 17) - 1  # an int32 sum of int8 products could overflow beyond
+BUTTERFLIES = native.constant("LRQ_BUTTERFLIES")  # orders beside the powers of two that need no matrix
+(MAX_RANK,) = native.constant("LRQ_MAX_RANK") or (0,)  # of a principal part in the kernels
+(MAX_IN_FEATURES,) = native.constant("LRQ_MAX_IN_FEATURES") or (0,)  # beyond, an int32 sum could overflow
 
 
 def _require(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
@@ -55,7 +55,7 @@ def _factor_arrays(rotation: str, factors: tuple[int, ...]) -> tuple[Any, Any, l
 
 def _describe_transform(x: Tensor, transform: TransformArgs) -> tuple[native.Transform, Any]:
     """The C structure of a transform of x (rows, width), and the tensors that it points to."""
-    x = _contiguous(x if x.dtype in TYPE_CODES else x.float())
+    x = (x if x.dtype in TYPE_CODES else x.float()).contiguous()
     offset, scale, rotation, factors, block1, permutation, block2 = transform
     if permutation is not None:
         permutation = permutation.to(torch.int32)
@@ -130,7 +130,7 @@ def _quantized_linear(tokens: Tokens, weight: WeightArgs, out_dtype: torch.dtype
     _require("codes", tokens.codes, torch.int8, rows, in_features)
     _require("scale", tokens.scale, torch.float32, rows)
     structure, _kept = _describe_weight(in_features, weight)
-    return _multiply_codes(structure, Tokens(_contiguous(tokens.codes), _contiguous(tokens.scale)), out_dtype)
+    return _multiply_codes(structure, Tokens(tokens.codes.contiguous(), tokens.scale.contiguous()), out_dtype)
 
 
 def _multiply_codes(
@@ -248,7 +248,7 @@ class LayerCalls:
         return transform
 
 
-if native.LIBRARY is not None:
+if native.LIBRARY is not None or native.IS_FAULT:  # a fault is raised by the first call
     ops.register(
         "CPU",
         {

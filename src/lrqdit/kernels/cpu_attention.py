@@ -1,12 +1,16 @@
 """Attention of bfloat16 tokens on the CPU by the native kernel, inside ``F.scaled_dot_product_attention``.
 
 On the CPU that function ends in one operator of torch. :func:`switch` gives it our kernel (csrc/attention.h), which
-hands back to torch's whatever it does not take: other dtypes, dropout, causal masks, odd or large head sizes. The first
-quantized model of a process switches it on (:func:`start`), unless ``LRQDIT_ATTENTION=torch`` or the user chose before.
+hands back to torch's whatever it does not take: other dtypes, dropout, causal masks, odd or large head sizes.
+
+``lrqdit.quantize``, ``lrqdit.observe`` and diffusers, when it loads a quantized model, switch it on (:func:`start`) and
+log a line, unless the user chose before, ``LRQDIT_ATTENTION=torch`` is set, or the CPU has AMX.
+``lrqdit.load_checkpoint`` leaves it to :func:`switch`.
 """
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import warnings
@@ -24,12 +28,14 @@ CHOICES = ("native", "torch")
 MAX_WIDTH = 256  # of a head
 INSTRUCTION_SET = "avx512bf16"
 OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
+SLOW_BESIDE_AMX = "this CPU has AMX; on one such CPU the native attention had 0.2 to 0.4 times the speed of torch's"
 MASK_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _Strides = ctypes.c_int64 * 3
 _registration: torch.library.Library | None = None  # the kernel is torch's again once this is dropped
 _torch_kernel: Any = None
 _is_chosen = False
+_log = logging.getLogger("lrqdit")
 
 
 def why_torch() -> str:
@@ -66,6 +72,7 @@ def switch(name: str) -> None:
         _registration = None
     else:
         _register()
+        _warn()
 
 
 def _register() -> None:
@@ -94,28 +101,46 @@ def use(name: str) -> Iterator[None]:
 
 
 def start() -> None:
-    """Switch the native kernel on where it runs, unless somebody chose; called when a model is calibrated,
-    quantized or loaded.
+    """Switch the native kernel on where it is the better one, unless somebody chose.
 
     Raises:
         ConfigError, KernelError: if the environment variable asks for what is not there.
     """
-    if not _is_chosen and not _why_not_by_default():
+    if not _is_chosen and not why_not_by_default() and _registration is None:
         _register()
+        _log.info(
+            "attention of bfloat16 tokens on the CPU is lrqdit's in this process from now on, in every model; set "
+            "%s=torch or call lrqdit.attention.switch('torch') to keep torch's", ENVIRONMENT,
+        )  # fmt: skip
+        _warn()
 
 
 def describe() -> str:
     """Whose attention runs on the CPU and why not ours, one line."""
     if current() == "native":
-        return "CPU attention: native, for bfloat16 tokens"
-    if why := _why_not_by_default():
+        return "CPU attention: native, for bfloat16 tokens" + (f"; {SLOW_BESIDE_AMX}" if _has_amx() else "")
+    if why := why_not_by_default():
         return f"CPU attention: torch ({why})"
     if _is_chosen:
         return "CPU attention: torch (chosen in this process)"
     return "CPU attention: native, for bfloat16 tokens, from the first quantized model on"
 
 
-def _why_not_by_default() -> str:
+def _warn() -> None:
+    if _has_amx():
+        _log.warning("%s; lrqdit.attention.switch('torch') goes back", SLOW_BESIDE_AMX)
+
+
+def _has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
+def why_not_by_default() -> str:
+    """Why :func:`start` leaves torch's attention on; "" if it does not.
+
+    Raises:
+        ConfigError, KernelError: as :func:`start` does.
+    """
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted not in ("", *CHOICES):
         raise ConfigError(f"{ENVIRONMENT}={wanted!r} is not one of {', '.join(CHOICES)}; set one of them or none")
@@ -124,8 +149,8 @@ def _why_not_by_default() -> str:
     why = why_torch()
     if wanted and why:
         raise KernelError(f"{ENVIRONMENT}={wanted}: {why}")
-    if not why and not wanted and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return f"this CPU has AMX, which torch may use and ours does not; {ENVIRONMENT}=native to compare"
+    if not why and not wanted and _has_amx():
+        return SLOW_BESIDE_AMX
     return why
 
 

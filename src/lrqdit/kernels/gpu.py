@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from lrqdit import native
 from lrqdit.errors import ConfigError
 from lrqdit.kernels import ops
 
-OVERRIDE = "LRQDIT_KERNELS"  # environment variable: triton or reference; what is fastest and works if not set
+OVERRIDE = "LRQDIT_GPU_KERNELS"  # environment variable: one of KERNELS; what is fastest and works if not set
 KERNELS = ("triton", "reference")
 SMALLEST_CAPABILITY = (8, 0)
 MODULES = {
@@ -36,6 +35,14 @@ class Choice:
     reason: str
 
 
+def read_choice() -> str:
+    """The value of LRQDIT_GPU_KERNELS, "" if it is not set; ConfigError if it is none of KERNELS."""
+    wanted = os.environ.get(OVERRIDE, "")
+    if wanted not in ("", *KERNELS):
+        raise ConfigError(f"{OVERRIDE}={wanted!r} is not one of {', '.join(KERNELS)}; set one of them or none")
+    return wanted
+
+
 @functools.cache
 def choose_kernels(device: torch.device) -> Choice:
     """Decide once per process and device.
@@ -44,17 +51,14 @@ def choose_kernels(device: torch.device) -> Choice:
         device: a CUDA (or ROCm) device.
 
     Raises:
-        ConfigError: if LRQDIT_KERNELS is set to something else, or to triton where it is not installed.
+        ConfigError: if LRQDIT_GPU_KERNELS is set to something else, or to triton where it is not installed.
     """
-    wanted = os.environ.get(OVERRIDE, "")
-    wanted = "" if wanted in native.ISA_NAMES else wanted  # a choice for CPUs alone
-    if wanted not in ("", *KERNELS):
-        raise ConfigError(f"{OVERRIDE}={wanted!r} is not one of {', '.join(KERNELS)}")
+    wanted = read_choice()
     if wanted == "reference":
         return Choice("reference", f"{OVERRIDE}=reference")
     if importlib.util.find_spec("triton") is None:
         if wanted:
-            raise ConfigError(f"{OVERRIDE}={wanted}, but Triton is not installed; pip install triton")
+            raise ConfigError(f"{OVERRIDE}={wanted}, but Triton is not installed; pip install triton, or unset it")
         return Choice("reference", "Triton is not installed: pip install triton (or triton-windows)")
     if wanted:
         return Choice("triton", f"{OVERRIDE}=triton")

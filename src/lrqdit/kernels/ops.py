@@ -259,7 +259,7 @@ def unfold(transform: InputTransform, weight: Tensor, acting: LowRank | None = N
     """The inverse of :func:`fold`: W~ -> W, float32. ``acting`` is C, what of W acts on the principal part."""
     scale = 1.0 if transform.input_scale is None else transform.input_scale.float()
     weight = transform.rotation.apply_transpose(weight) * scale
-    if acting is None:
+    if acting is None or transform.principal is None:
         return weight
     u = transform.principal.values
     return weight + (acting.values.T - transform.unsmooth(weight) @ u.T) @ u * scale

@@ -17,7 +17,7 @@ vector anyway and takes them into that. The outlier rotation is DuQuant's (arXiv
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -315,7 +315,7 @@ def _random_signs(in_features: int, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
+def single_thread() -> Generator[None]:
     """QR and matrix products in float64 give the same bits on every run only with a fixed number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

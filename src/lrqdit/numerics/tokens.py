@@ -22,6 +22,7 @@ lost.
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class InputTransform:
     input_offset: Tensor | None
     input_scale: Tensor | None
     clip: float = 1.0
-    levels: str = "uniform"
+    levels: Literal["uniform", "normal"] = "uniform"
     principal: LowRank | None = None
 
     @property

@@ -28,7 +28,7 @@ from torch import Tensor
 from lrqdit import native
 from lrqdit.config import TRELLIS_BITS
 from lrqdit.errors import ConfigError
-from lrqdit.numerics.codebook import SLOTS, Codebook, _read_matrix, _round_levels
+from lrqdit.numerics.codebook import SLOTS, Codebook, read_matrix, round_levels
 
 STATES, HISTORY = 64, 6
 STEPS_PER_SHIFT = 32  # after so many rows the smallest cost becomes 0 again
@@ -42,11 +42,11 @@ class TrellisCodebook(Codebook):
 
     def encode(self, weight: Tensor) -> Tensor:
         """The codes, uint8, of the paths of least squared error through the columns of a finite (out, columns)."""
-        self._check_rows("encode", weight)
+        self.check_rows("encode", weight)
         matrix = weight.detach().to("cpu", torch.float32).contiguous()
         scale = self.row_scale.cpu().contiguous()
         codes = torch.empty(matrix.shape, dtype=torch.uint8)
-        if native.LIBRARY is not None and matrix.numel():
+        if matrix.numel() and native.is_available():
             description = native.Matrix(matrix.data_ptr(), *matrix.shape, None)
             table, threads = self.table.cpu().contiguous(), torch.get_num_threads()
             native.call("lrq_trellis_encode", description, table, self.bits, scale, threads, codes)
@@ -56,7 +56,7 @@ class TrellisCodebook(Codebook):
 
     def decode(self, codes: Tensor) -> Tensor:
         """row_scale · level, float32 (out, columns), for uint8 codes (out, columns)."""
-        self._check_rows("decode", codes)
+        self.check_rows("decode", codes)
         return self.table[0].float()[level_index(codes)].mul_(self.row_scale[:, None])
 
 
@@ -89,9 +89,9 @@ def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
             f"trellis.expand: {levels.bits} bits with {len(levels.table)} tables; "
             "a trellis has one table of 2 to 5 bits"
         )
-    levels._check_rows("expand", weight)
+    levels.check_rows("expand", weight)
     count = max(FIT_COLUMNS, -(-FIT_WEIGHTS // len(weight)))
-    sample = _read_matrix("expand", weight[:, :: max(1, weight.shape[1] // count)])
+    sample = read_matrix("expand", weight[:, :: max(1, weight.shape[1] // count)])
     scale = levels.row_scale.cpu()
     table = _split(levels.table[0].cpu().numpy().astype(np.float64))
     units = sample / np.where(scale == 0, 1, scale.double().numpy())[:, None]
@@ -116,8 +116,8 @@ def _rounded(levels: Codebook, table: NDArray[np.float64], scale: Tensor) -> Tre
     """The table as int8 with 127 its largest magnitude, and the row scales that go with it."""
     peak = float(np.abs(table).max())
     if not peak > 0:
-        table, peak = np.arange(len(table)) + 1.0, 127.0
-    table8 = torch.from_numpy(_round_levels(table[None]))
+        table, peak = np.arange(1, len(table) + 1, dtype=np.float64), 127.0
+    table8 = torch.from_numpy(round_levels(table[None]))
     return TrellisCodebook(levels.kind, levels.bits, table8, scale * (peak / 127))
 
 

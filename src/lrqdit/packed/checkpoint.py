@@ -1,9 +1,8 @@
-"""Files: the version that is written, the checks before anything is read, and the folder that lets a run resume.
+"""Checkpoints: the version that is written, empty layers for what is read, a plain module saved and loaded.
 
 A quantized diffusers model is an ordinary diffusers folder whose ``config.json`` has a ``quantization_config``; any
 other torch module is one ``model.safetensors`` beside a ``config.json`` of the same content. docs/FORMAT.md has every
-byte.
-Only safetensors and JSON are ever read.
+byte. Only safetensors and JSON are ever read.
 """
 
 import json
@@ -16,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrqdit.errors import CheckpointError
-from lrqdit.kernels import cpu_attention as attention
-from lrqdit.packed.files import CONFIG_FILE, DTYPES, WEIGHT_FILE, check_safetensors, read_json, write_atomically
+from lrqdit.packed.files import CONFIG_FILE, WEIGHT_FILE, check_safetensors, read_json, write_atomically
 from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, LinearFormat, check_version
-from lrqdit.packed.linear import QuantLinear
+from lrqdit.packed.linear import DTYPES, QuantLinear
 
 
 def format_config(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
@@ -57,12 +55,11 @@ def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype:
 
 def finish_layers(module: nn.Module) -> None:
     """Make a module whose quantized layers are filled ready to run: layers that share an input get the owner's
-    transform, and attention on the CPU becomes ours."""
+    transform."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantLinear)}
     for layer in layers.values():
         if layer.format.input_from is not None:
             layer.share_input(layers[layer.format.input_from])
-    attention.start()
 
 
 def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
@@ -74,8 +71,7 @@ def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, A
         settings: recorded beside the layers; by default those that :func:`lrqdit.quantize` left on the module.
     """
     folder = Path(folder)
-    settings = settings if settings is not None else getattr(module, "lrqdit_settings", {})
-    config = format_config(module, settings)
+    config = format_config(module, getattr(module, "lrqdit_settings", {}) if settings is None else settings)
     if not config["layers"]:
         raise CheckpointError(f"{type(module).__name__} has no quantized layer to save; call lrqdit.quantize first")
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +87,8 @@ def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, A
 
 def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
     """Turn a freshly built original module into the quantized one saved by :func:`save_checkpoint`; returns it.
+
+    Attention stays as it is; ``lrqdit.attention.switch("native")`` makes that of bfloat16 tokens on the CPU ours, too.
 
     Raises:
         CheckpointError: if a file is missing, damaged, of another version or of another model.
@@ -112,7 +110,7 @@ def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHT_FILE} does not fit {type(module).__name__}: {error}") from error
     finish_layers(module)
-    module.lrqdit_settings = config.get("settings", {})
+    vars(module)["lrqdit_settings"] = config.get("settings", {})
     return module
 
 

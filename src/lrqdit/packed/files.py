@@ -1,28 +1,24 @@
-"""Files, checked before anything of them is read: JSON and the headers of safetensors. No torch."""
+"""Files: checked before anything of them is read (JSON, the headers of safetensors), and written whole or not at all.
+
+Nothing here imports torch.
+"""
 
 import json
 import math
 import os
+import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lrqdit.errors import CheckpointError
-from lrqdit.packed import checkpoint
+from lrqdit.packed.format import DTYPE_BYTES
 
 WEIGHT_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+REPORT_FILE = "lrqdit_report.json"  # of a pipeline's quantization
 _MAX_HEADER_BYTES = 100_000_000
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,7 +50,7 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
             end = 0
             for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
                 start, stop = entry["data_offsets"]
-                if start != end or stop - start != math.prod(entry["shape"]) * _DTYPE_BYTES[entry["dtype"]]:
+                if start != end or stop - start != math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]:
                     raise ValueError(entry)
                 end = stop
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -110,18 +106,56 @@ def check_pipeline_folder(folder: str | Path) -> dict[str, Any]:
     return index
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Write beside the final name, then rename: the file appears whole or not at all."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the final name, then rename: the file appears whole or not at all, even if the power fails."""
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
+        _sync(partial)
         os.replace(partial, path)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a sibling folder, then put that in place of ``folder``: readers see the old or the new one."""
+    folder = Path(folder).absolute()
+    partial, replaced = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def tensor_headers(folder: Path) -> Iterator[tuple[str, str, list[int]]]:
     """Name, safetensors dtype and shape of every tensor in a model folder, read from the files' headers only."""
     for path in sorted(Path(folder).glob("*.safetensors")):
-        for name, entry in checkpoint.check_safetensors(path).items():
+        for name, entry in check_safetensors(path).items():
             yield name, entry["dtype"], entry["shape"]
+
+
+def weight_file_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files directly in a model folder."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

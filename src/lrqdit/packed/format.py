@@ -16,7 +16,10 @@ from lrqdit.numerics.shapes import check_factors, packed_shape
 FORMAT_NAME = "lrqdit"
 FORMAT_VERSION = 1
 Buffers = dict[str, tuple[tuple[int, ...], str]]  # by name the shape, and the dtype by its safetensors name
-DTYPE_BYTES = {"U8": 1, "I8": 1, "I16": 2, "I32": 4}  # of the buffers
+DTYPE_BYTES = {  # by safetensors names
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
+    "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +149,10 @@ class LinearFormat:
         """Inverse of :meth:`to_dict`; unknown, missing or impossible values raise :class:`CheckpointError`."""
         try:
             names = {field.name for field in dataclasses.fields(InputFormat)}
-            shared = {name: value for name, value in values.items() if name in names}
+            shared: dict[str, Any] = {name: value for name, value in values.items() if name in names}
+            shared["factors"] = tuple(shared.get("factors", ()))
             own = {name: value for name, value in values.items() if name not in names}
-            layout = cls(InputFormat(**{**shared, "factors": tuple(shared.get("factors", ()))}), **own)
+            layout = cls(InputFormat(**shared), **own)
             layout.check()
         except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(

@@ -1,7 +1,6 @@
 """Honest bits: everything a quantized model stores, divided by the number of its parameters."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from torch import nn
 
@@ -64,8 +63,3 @@ def measure_size(module: nn.Module) -> SizeReport:
         kept_bits=8 * kept_bytes / parameters,
         low_bit_share=low_bit / parameters,
     )
-
-
-def weight_file_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files directly in a model folder."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -1,18 +1,19 @@
-// The product of 8 tokens and 48 channels, and outputs of earlier ones beside it.
+// The block of AVX-512 VNNI: 8 tokens and 48 channels in assembly, which also writes the outputs of the block before.
 //
-// Dot products of 512 bits take all of two of Zen 4's four vector units; additions, conversions and narrowing stores on the
-// others cost next to nothing if they are spread between them. In assembly, because compilers copy or spill the 24
-// accumulators as soon as anything else is in their loop. (Plain stores there cost as much as dot products; vpmovdw's do not.)
+// Dot products of 512 bits take all of two of Zen 4's four vector units. Additions, conversions and narrowing stores run on
+// the other two and cost next to nothing where they stand between dot products. It is assembly because compilers copy or
+// spill the 24 accumulators as soon as anything else is in their loop. (A plain store between them costs as much as a dot
+// product; vpmovdw's store does not.)
 #pragma once
 
-#include "meanwhile.h"
+#include "vector_block.h"
 
+#if defined(__AVX512VNNI__) && !defined(LRQ_256)
 namespace lrq {
 namespace LRQ_ISA {
 
-#if defined(__AVX512VNNI__) && !defined(LRQ_256)
-constexpr bool HAS_BLOCK = true;
-static_assert(TOKENS == 8 && TILES == 3 && STEP == 4, "what is written below");
+static_assert(BLOCK_TOKENS == 8 && BLOCK_TILES == 3 && STEP == 4, "the assembly is written for these");
+
 
 // Accumulator (m, v) is zmm[8 v + m].
 #define LRQ_DOTS(at, x, y, z)                        \
@@ -43,7 +44,7 @@ static_assert(TOKENS == 8 && TILES == 3 && STEP == 4, "what is written below");
     "cmove 72(%[p]), %[after]\n"                     \
     "cmp 80(%[p]), %[next]\n"                        \
     "cmovne %[after], %[next]\n"
-// A third of a row that waits: scale_sums, rounded to nearest even.
+// Writes 16 channels, a third of a pending row: scale_sums, rounded to nearest even.
 #define LRQ_OUTPUT(sums, row_scale, bias, to)        \
     "vcvtdq2ps " #sums "(%[sums]), %%zmm28\n"        \
     "vmulps " #row_scale "(%[c]), %%zmm28, %%zmm28\n"\
@@ -55,7 +56,7 @@ static_assert(TOKENS == 8 && TILES == 3 && STEP == 4, "what is written below");
     "vpaddd %%zmm29, %%zmm28, %%zmm28\n"             \
     "vpsrld $16, %%zmm28, %%zmm28\n"                 \
     "vpmovdw %%zmm28, " #to "(%[to])\n"
-// What is read from the Meanwhile at p and the Coefficients at c.
+// The members of the Meanwhile at p and of the Coefficients at c that the assembly reads.
 static_assert(offsetof(Meanwhile, pending) == 0 && offsetof(Pending, row_bytes) == 0 && offsetof(Pending, one) == 8 &&
                   offsetof(Pending, almost_half) == 12 && offsetof(Pending, coefficients) == 16 &&
                   offsetof(Pending, sums) == 24 && offsetof(Pending, scale) == 32 && offsetof(Pending, to) == 40 &&
@@ -74,8 +75,8 @@ static_assert(offsetof(Meanwhile, pending) == 0 && offsetof(Pending, row_bytes) 
 #define LRQ_LOAD(r, at) "vmovdqu64 " #at "(%[to]), %%zmm" #r "\n"
 #define LRQ_STORE(r, at) "vmovdqu64 %%zmm" #r ", " #at "(%[a])\n"
 
-// 8 tokens, stride bytes apart, times the 48 channels of a panel over `steps` steps -> sums (8, 48), on top of what is
-// there, or of one start per token.
+// Multiplies 8 tokens, stride bytes apart, by the 48 channels of a panel over `steps` steps. sums (8, 48) grow by the
+// products; with starts, token m's begin at starts[m] instead. Writes a pending row every four steps, while there are any.
 __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int64_t steps, const uint8_t *tokens,
                                                        int64_t stride, const int32_t *starts, int32_t *sums,
                                                        Meanwhile &meanwhile) {
@@ -139,11 +140,53 @@ __attribute__((noinline)) inline void multiply_8_by_48(const uint8_t *panel, int
 #undef LRQ_FETCH
 #undef LRQ_STEP
 #undef LRQ_DOTS
-#else  // never called
-constexpr bool HAS_BLOCK = false;
 
-inline void multiply_8_by_48(const uint8_t *, int64_t, const uint8_t *, int64_t, const int32_t *, int32_t *, Meanwhile &) {}
-#endif
+// A panel begins with its channels' coefficients.
+class VnniBlock : public VectorBlock {
+  public:
+    static_assert(CHANNELS == Coefficients::CHANNELS, "the assembly is written for these");
+
+    using VectorBlock::VectorBlock;
+
+    static int64_t panel_bytes(const Outputs &outputs, int64_t in_tiles) {
+        return sizeof(Coefficients) + VectorBlock::panel_bytes(outputs, in_tiles);
+    }
+
+    void pack_panel(int64_t tile, int64_t tiles, int64_t from, int64_t to, uint8_t *panel) const {
+        reinterpret_cast<Coefficients *>(panel)->read(outputs.w, 16 * tile);
+        VectorBlock::pack_panel(tile, tiles, from, to, panel + sizeof(Coefficients));
+    }
+
+    void take_tokens(const int8_t *codes, int64_t token, int64_t count, int64_t from, int64_t to) {
+        VectorBlock::take_tokens(codes, token, count, from, to);
+        scale = outputs.scale + token;
+        can_wait = !outputs.outlet && outputs.type == LRQ_BFLOAT16 && Coefficients::is_finite(scale, count);
+    }
+
+    void multiply(const uint8_t *panel, int64_t tiles, const int32_t *starts, int32_t *sums) {
+        panel += sizeof(Coefficients);
+        if (rows == TOKENS && tiles == BLOCK_TILES)
+            return multiply_8_by_48(panel + outlet_bytes, steps, tokens, stride, starts, sums, meanwhile);
+        VectorBlock::multiply(panel, tiles, starts, sums);
+    }
+
+    void finish(const uint8_t *panel, int64_t tile, int64_t tiles, const int32_t *sums) {
+        finish_pending();
+        const auto *coefficients = reinterpret_cast<const Coefficients *>(panel);
+        if (!can_wait || !coefficients->is_whole)
+            return VectorBlock::finish(panel + sizeof(Coefficients), tile, tiles, sums);
+        const int64_t channels = outputs.w.out_features;
+        uint16_t *to = static_cast<uint16_t *>(outputs.to) + first_token * channels + 16 * tile;
+        meanwhile.pending.take(2 * channels, coefficients, sums, scale, to, rows);
+    }
+
+    void finish_pending() { meanwhile.pending.finish(); }
+
+  private:
+    const float *scale = nullptr;  // of the tokens that are multiplied
+    bool can_wait = false;         // whether their outputs may be pending: bfloat16 without a principal part, no NaN
+};
 
 }  // namespace LRQ_ISA
 }  // namespace lrq
+#endif

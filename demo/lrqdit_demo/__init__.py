@@ -1,0 +1,1 @@
+"""The demo model of lrqdit, in the folder ``model``: files alone, no code."""
