@@ -107,8 +107,7 @@ class RunFolder:
 
     def load_calibration(self) -> Calibration | None:
         """The calibration kept by :meth:`save_calibration`, or None."""
-        found = self.load("calibration")
-        if found is None:
+        if (found := self.load("calibration")) is None:
             return None
         tensors, values = found
         left = iter([tensors.pop(f"step.{i}") for i in range(values["inputs"])])
@@ -124,11 +123,8 @@ class RunFolder:
         for key, tensor in tensors.items():
             index, leaf = key.split(".", 1)
             parts[int(index)][leaf] = tensor
-        groups = [
-            InputGroup(names, ActivationStats.from_tensors(part))
-            for names, part in zip(values["names"], parts, strict=True)
-        ]
-        return Calibration(groups, steps)
+        stats = map(ActivationStats.from_tensors, parts)
+        return Calibration([InputGroup(*pair) for pair in zip(values["names"], stats, strict=True)], steps)
 
 
 def describe_run(module: nn.Module, **values: Any) -> dict[str, str]:
