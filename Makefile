@@ -1,7 +1,7 @@
 # make demo: quantize the embedded model and show its pictures.  make test: everything a change must pass, with the time of
-# each stage; the stages are targets of their own: style, imports, native-test (the C++ tests of the kernels), suite.
-# make types: pyright.  make native-test-sanitized: the C++ tests with address and undefined-behaviour sanitizers (nine
-# minutes on two cores by GCC, Clang takes longer); -neon: cross-compiled for ARM and emulated.
+# each stage; the stages are targets of their own: style, imports, types, native-test (the C++ tests of the kernels),
+# suite.  make native-test-sanitized: the C++ tests with address and undefined-behaviour sanitizers (nine minutes on two
+# cores by GCC, Clang takes longer); -neon: cross-compiled for ARM and emulated.
 # Before a release: scripts/check_long and scripts/check_oldest.
 # demo and test set up .venv themselves, once. PYTHON and TORCH may be overridden: make test PYTHON=python3.12
 
@@ -20,7 +20,7 @@ demo: $(READY)
 	.venv/bin/lrqdit demo --out demo-out
 
 test:
-	@scripts/stages $(READY) style imports native-test suite
+	@scripts/stages $(READY) style imports types native-test suite
 
 style: $(READY)
 	.venv/bin/ruff check .

@@ -89,9 +89,6 @@ def test_normal_levels_are_the_nearest():
     assert sorted(set(codes[0].tolist())) == sorted(levels)
     nearest = [min(levels, key=lambda v: (abs(v - x), -abs(v), -v)) for x in range(-127, 128)]
     assert codes[0].tolist() == nearest
-    for clip in (1.0, 0.9):  # an even number of codes is looked up two by two
-        alone = quantize_tokens(steps, 4, clip, "normal")[0]
-        assert torch.equal(quantize_tokens(steps.tile(2), 4, clip, "normal")[0], alone.tile(2))
     zeros, scale = quantize_tokens(torch.zeros(1, 4), 4, 0.8, "normal")
     assert not dequantize_tokens(zeros, scale).any()
 

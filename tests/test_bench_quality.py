@@ -51,10 +51,10 @@ def test_calibration_and_evaluation_prompts_are_apart(bench):
     entries, _ = bench.bench_captions.load_reference()
     names = {entries[i]["name"] for i in bench.bench_captions.choose_captions(entries)}
     assert len(names) == 64
-    assert not names & set(bench.demo.CALIBRATION_PROMPTS)
-    assert not set(bench.demo.SHOWN_PROMPTS) & set(bench.demo.CALIBRATION_PROMPTS)
+    assert not names & set(bench.demo.captions("calibration"))
+    assert not set(bench.demo.captions("shown")) & set(bench.demo.captions("calibration"))
     trained = {entry["name"] for entry in entries if entry["is_trained"]}
-    assert set(bench.demo.CALIBRATION_PROMPTS) <= trained
+    assert set(bench.demo.captions("calibration")) <= trained
 
 
 def test_every_method_runs_on_a_layer(bench):

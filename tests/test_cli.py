@@ -280,7 +280,7 @@ def test_demo(copy_of_pipeline, tmp_path):
     assert row["bytes_after"] < row["bytes_before"] and 0 < row["ssim"] <= 1
     assert picture_size(tmp_path / "comparison.png")[1] > 2 * 192
     assert (tmp_path / "w4a16" / "model_index.json").is_file()
-    assert not set(demo.CALIBRATION_PROMPTS) & set(demo.SHOWN_PROMPTS)
+    assert not set(demo.captions("calibration")) & set(demo.captions("shown"))
 
 
 def test_demo_of_an_unknown_preset(tmp_path):

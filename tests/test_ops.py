@@ -131,7 +131,7 @@ def test_decode_of_eight_bits():
 
 def test_decode_of_many_rows(monkeypatch):
     weight, dense = random_weight(40, 16, 3, "N")
-    monkeypatch.setattr(ops, "ROWS_PER_CHUNK", 16)
+    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", 1)
     assert torch.equal(ops.decode_weight(weight, 16).long(), dense)
 
 
@@ -140,19 +140,19 @@ def test_decode_of_many_rows(monkeypatch):
 )
 @pytest.mark.parametrize("in_features", [16, 41])
 def test_decode_in_parts(bits, rows, in_features, monkeypatch):
-    """Of eight tiles: a path goes on from one part to the next."""
-    monkeypatch.setattr(ops, "CACHE_BYTES", 1)
+    """A path goes on from one part to the next."""
+    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", 16 * in_features)
     weight, dense = random_weight(150, in_features, bits, rows)
     decoded = ops.decode_weight(weight, in_features)
     assert decoded.is_contiguous() and torch.equal(decoded.long(), dense)
 
 
 @pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
-def test_parts_in_cache_give_the_bits_of_the_whole(kind, monkeypatch):
+def test_parts_give_the_bits_of_the_whole(kind, monkeypatch):
     x, (weight, _) = random(75, 96), random_weight(150, 96, 4, "1")
     results = []
     for size in (1, 1 << 30):
-        monkeypatch.setattr(ops, "CACHE_BYTES", size)
+        monkeypatch.setattr(ops, "CHUNK_ELEMENTS", size)
         transform = transform_arguments(kind, 96)
         tokens = Tokens(*ops.reference_quantize_tokens(x, transform, Rounding(8, 0.9)))
         y = ops.reference_quantized_linear(tokens, weight, torch.bfloat16)
@@ -162,8 +162,7 @@ def test_parts_in_cache_give_the_bits_of_the_whole(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", list(rotation.ROTATIONS))
 @pytest.mark.parametrize("shape", [(75, 96), (5, 96), (40, 1152), (33, 4222), (0, 24)])
-def test_working_memory_changes_nothing(kind, shape):
-    """The operators compute in memory of their own; the transform alone takes new memory for every step."""
+def test_the_operators_are_the_transform_and_the_rounding(kind, shape):
     x, arguments = random(*shape), transform_arguments(kind, shape[1])
     before = x.clone()
     expected = InputTransform(arguments.build_rotation(shape[1]), *arguments[:2]).apply(x)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.methods.recipes import Recipe
 from lrqdit.calibration.statistics import ActivationStats, InputGroup
-from lrqdit.fitting.compensate import damp_moment, factorize, gptq, transform_moment
+from lrqdit.fitting.compensate import factorize, gptq, transform_moment
 from lrqdit.kernels import ops
 from lrqdit.numerics import rotation
 from lrqdit.numerics.codebook import fit
@@ -198,6 +198,17 @@ class Grid:
 
 def _signed(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def damp_moment(moment: Tensor, damping: float) -> Tensor:
+    """moment + damping * mean(diag) * I, float64, its mean diagonal 1; that of a constant input is I."""
+    moment = moment.double()
+    variance = float(moment.diagonal().mean())
+    if not variance > 0:
+        return torch.eye(len(moment), dtype=torch.float64)
+    moment = moment / variance
+    moment.diagonal().add_(damping)
+    return moment / (1 + damping)
 
 
 def compensated(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensor:

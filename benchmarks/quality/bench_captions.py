@@ -84,7 +84,7 @@ def main() -> None:
         if name != "original" and not Path(name).is_dir():
             if calibration is None:
                 calibration = lrqdit.observe(
-                    pipeline, prompts=demo.CALIBRATION_PROMPTS, steps=demo.CALIBRATION_STEPS,
+                    pipeline, prompts=demo.captions("calibration"), steps=demo.CALIBRATION_STEPS,
                     guidance_scale=demo.GUIDANCE_SCALE, batch_size=8,
                 )  # fmt: skip
             lrqdit.quantize(pipeline, name, calibration=calibration, mode=args.mode)

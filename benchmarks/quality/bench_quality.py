@@ -160,7 +160,7 @@ class Bench:
             self.prompts = [self.entries[i]["name"] for i in self.chosen]
         else:
             self.prompts = list(prompts.EVALUATION_PROMPTS)
-        self.calibration_prompts = list(demo.CALIBRATION_PROMPTS if self.is_demo else prompts.CALIBRATION_PROMPTS)
+        self.calibration_prompts = list(demo.captions("calibration") if self.is_demo else prompts.CALIBRATION_PROMPTS)
         if args.calibration_prompts:
             lines = args.calibration_prompts.read_text().splitlines()
             self.calibration_prompts = [line.strip() for line in lines if line.strip()]

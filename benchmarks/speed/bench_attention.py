@@ -16,7 +16,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from benchmarks.machine import read_processor
+from benchmarks.machine import measure_peak, read_processor
 from lrqdit import native
 from lrqdit.kernels import cpu_attention as attention
 
@@ -81,7 +81,7 @@ def main() -> None:
     print("\n".join([*native.describe(), attention.describe()]))
     if attention.why_torch():
         raise SystemExit("nothing to compare")
-    peak = native.measure_peak(function="lrq_repeat_pairs")
+    peak = measure_peak(function="lrq_repeat_pairs")
     print(
         f"peak: {peak / 1e9:.0f} Gflop/s\n\n{'':<30}{'B, H, Lq, Lk, D':>24}{'ms':>10}{'torch':>10}{'Gflop/s':>9}",
         end="",

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lrqdit
-from benchmarks.machine import read_processor
+from benchmarks.machine import measure_peak, read_processor
 from lrqdit import native
 from lrqdit.config import QuantizationConfig
 from lrqdit.packed.linear import QuantLinear
@@ -219,7 +219,7 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
     with torch.no_grad():
         times = measure(contenders, seconds)
         cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
-        peak = native.measure_peak() if native.is_available() else math.nan
+        peak = measure_peak() if native.is_available() else math.nan
         ratios, own = {}, {"ours": contenders[f"ours {presets[0]}"]}
         for name, build in PEERS.items() if has_peers else ():
             try:

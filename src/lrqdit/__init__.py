@@ -28,7 +28,7 @@ _PUBLIC = {
     "rotation": "lrqdit.numerics.rotation",
     "save_checkpoint": "lrqdit.packed.checkpoint",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

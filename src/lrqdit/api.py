@@ -106,13 +106,14 @@ def quantize(
     parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
     with contextlib.ExitStack() as stack:
         folders: dict[str, RunFolder] = {}
-        for name, module in modules.items() if resume_folder is not None else ():
-            marks = describe_run(
-                module, component=name, settings=config.to_dict(), prompts=list(prompts or []), steps=steps,
-                guidance_scale=guidance_scale, arguments=arguments, is_calibrated=is_calibrated,
-                stored_dtypes=stored_dtypes,
-            )  # fmt: skip
-            folders[name] = stack.enter_context(RunFolder(Path(resume_folder) / name, marks))
+        if resume_folder is not None:
+            for name, module in modules.items():
+                marks = describe_run(
+                    module, component=name, settings=config.to_dict(), prompts=list(prompts or []), steps=steps,
+                    guidance_scale=guidance_scale, arguments=arguments, is_calibrated=is_calibrated,
+                    stored_dtypes=stored_dtypes,
+                )  # fmt: skip
+                folders[name] = stack.enter_context(RunFolder(Path(resume_folder) / name, marks))
         observed: dict[str, Calibration] = calibration or {}
         if is_calibrated and calibration is None:
             kept = {name: found for name, folder in folders.items() if (found := folder.load_calibration()) is not None}
@@ -141,14 +142,14 @@ def quantize(
             reports += module_reports
     for name, module in modules.items():
         for layer_name, layer in replacements[name].items():
-            original = module.get_submodule(layer_name)
+            original = layers[name][layer_name]
             layer.train(original.training)
             module.set_submodule(layer_name, layer.to(device=original.weight.device, dtype=original.weight.dtype))
         checkpoint.finish_layers(module)
         if isinstance(module, ConfigMixin):
             diffusers_plugin.attach(module, config)
         else:
-            module.lrqdit_settings = config.to_dict()
+            vars(module)["lrqdit_settings"] = config.to_dict()
     attention.start()
     size = measure_size(nn.ModuleDict({name.replace(".", "_"): module for name, module in modules.items()}))
     times = calibrated - start, time.monotonic() - calibrated

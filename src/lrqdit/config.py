@@ -16,7 +16,6 @@ mode       what it is                                        settings
 """
 
 import dataclasses
-import json
 import math
 import re
 import types
@@ -197,9 +196,6 @@ class QuantizationConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-safe values."""
         return {**dataclasses.asdict(self), "exclude": list(self.exclude)}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True)
 
 
 def choices(name: str) -> tuple:

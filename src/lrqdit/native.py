@@ -7,11 +7,9 @@ kernel is first used, not when this module is imported.
 """
 
 import ctypes
-import math
 import os
 import struct
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -244,19 +242,6 @@ def use(name: str) -> None:
     if LIBRARY is None:
         raise KernelError(f"{name}: {WHY_REFERENCE}")
     call("lrq_use_isa", name.encode())
-
-
-def measure_peak(iterations: int = 1_000_000, function: str = "lrq_repeat_dots") -> float:
-    """Operations per second (a multiply and an add are two) of dot products on registers, on all threads: integers, or
-    bfloat16 by ``"lrq_repeat_pairs"``."""
-    if LIBRARY is None:
-        raise KernelError(f"measure_peak: {WHY_REFERENCE}")
-    operations, best = ctypes.c_int64(), math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        call(function, iterations, torch.get_num_threads(), operations)
-        best = min(best, time.perf_counter() - start)
-    return operations.value / best
 
 
 def describe() -> list[str]:

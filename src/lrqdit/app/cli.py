@@ -195,7 +195,7 @@ def evaluate(
 
     texts = list(EVALUATION_PROMPTS) if prompts is None else read_prompts(prompts)
     texts = [texts[i % len(texts)] for i in range(images or len(texts))]
-    sources, samples, true_bits = {}, {}, {}
+    sources, samples, true_bits, widths = {}, {}, {}, Counter[int]()
     with _chatter_on_stderr():
         for role, source in (("reference", reference), ("candidate", folder)):
             sources[role] = pipelines.find_folder(source)
@@ -358,7 +358,7 @@ def _describe_widths(widths: Counter[int]) -> str:
 
 def _parse_settings(pairs: list[str]) -> dict[str, Any]:
     """Settings from key=value, as the types of :class:`QuantizationConfig`'s fields."""
-    kinds = {field.name: field.type for field in dataclasses.fields(QuantizationConfig)}
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(QuantizationConfig)}
     del kinds["exclude"], kinds["average_bits"]  # options of their own
     parsed: dict[str, Any] = {}
     for pair in pairs:

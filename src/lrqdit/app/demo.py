@@ -22,29 +22,6 @@ from lrqdit.integrations.pipelines import check_output_folder, denoiser_file_byt
 
 PRESETS = ("w4a8", "w3a8", "w4a4")
 STEPS, CALIBRATION_STEPS, GUIDANCE_SCALE, SEED = 20, 10, 3.0, 0
-# 64 of the captions the model knows, neither shown nor among those of the benchmarks
-CALIBRATION_PROMPTS = (
-    "aubergine", "rice ball", "rosette", "nerd face", "trophy", "dog", "curling stone", "pinata", "beans",
-    "airplane departure", "spoon", "grinning face with one large and one small eye", "eagle", "mouse", "bird",
-    "snowman", "smiling face with heart-shaped eyes", "love letter", "rhinoceros", "pile of poo", "zipper-mouth face",
-    "yawning face", "passenger ship", "ice skate", "first place medal", "frog face", "tropical drink",
-    "loudly crying face", "donkey", "shamrock", "cooked rice", "chess pawn", "hugging face", "nesting dolls",
-    "boxing glove", "raccoon", "baby bottle", "brown mushroom", "milky way", "airplane arriving", "red gift envelope",
-    "admission tickets", "cheese wedge", "carp streamer", "face with rolling eyes", "burrito", "umbrella on ground",
-    "revolving hearts", "blossom", "dumpling", "basketball and hoop", "melon", "dragon face", "panda face",
-    "sneezing face", "volleyball", "oyster", "teddy bear", "sled", "lime", "popcorn", "snowflake", "ferry",
-    "flamingo",
-)  # fmt: skip
-SHOWN_PROMPTS = (
-    "fox face",
-    "slice of pizza",
-    "smiling face with sunglasses",
-    "tropical fish",
-    "red apple",
-    "christmas tree",
-    "airplane",
-    "hot beverage",
-)
 COLUMNS = ("preset", "true_bits", "before", "after", "psnr", "ssim", "latent_error", "seconds")
 
 
@@ -61,6 +38,11 @@ def find_model() -> Path:
             'or pip install "lrqdit[demo]"'
         )
     return Path(spec.origin).with_name("model")
+
+
+def captions(name: str) -> list[str]:
+    """The demo model's captions for ``calibration`` (64, of no other use, here or in benchmarks) or to be ``shown``."""
+    return json.loads(find_model().with_name("captions.json").read_text(encoding="utf-8"))[name]
 
 
 def run_demo(
@@ -95,14 +77,15 @@ def run_demo(
         QuantizationConfig.from_name(preset)
         check_output_folder(out / preset, is_overwritten=True)
     model_folder = find_model() if model_folder is None else Path(model_folder)
+    shown = captions("shown")
     out.mkdir(parents=True, exist_ok=True)
     generation: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE_SCALE, "show_progress": show_progress}
     original = load_pipeline(model_folder, device="cpu")
-    references = generate_images(original, SHOWN_PROMPTS, SEED, description="original", **generation)
+    references = generate_images(original, shown, SEED, description="original", **generation)
     pictures = [("original", [sample.picture for sample in references])]
     rows = []
     calibration = observe(
-        original, prompts=CALIBRATION_PROMPTS, steps=min(steps, CALIBRATION_STEPS), guidance_scale=GUIDANCE_SCALE,
+        original, prompts=captions("calibration"), steps=min(steps, CALIBRATION_STEPS), guidance_scale=GUIDANCE_SCALE,
         show_progress=show_progress, batch_size=8,
     )  # fmt: skip
     for preset in presets:
@@ -111,7 +94,7 @@ def run_demo(
         report = quantize(pipeline, preset, calibration=calibration, show_progress=show_progress)
         save_quantized(pipeline, report, model_folder, out / preset)
         loaded = load_pipeline(out / preset, device="cpu")
-        samples = generate_images(loaded, SHOWN_PROMPTS, SEED, description=preset, **generation)
+        samples = generate_images(loaded, shown, SEED, description=preset, **generation)
         pictures.append((preset, [sample.picture for sample in samples]))
         means = compare(references, samples)["metrics"]
         rows.append({
@@ -125,6 +108,6 @@ def run_demo(
             "seconds": time.monotonic() - start,
         })  # fmt: skip
     results = {"rows": rows}
-    picture_grid(pictures, SHOWN_PROMPTS).save(out / "comparison.png")
+    picture_grid(pictures, shown).save(out / "comparison.png")
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return results

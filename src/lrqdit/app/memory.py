@@ -14,6 +14,7 @@ from lrqdit.models import KNOWN_MODELS, PIPELINE_COMPONENTS
 from lrqdit.models import registry as models
 from lrqdit.packed.dummy import random_layer
 from lrqdit.packed.files import CONFIG_FILE, read_json
+from lrqdit.packed.linear import QuantLinear
 from lrqdit.packed.size import measure_size
 
 SHARED_INPUTS = (("to_q", "to_k", "to_v", "proj_mlp"), ("add_q_proj", "add_k_proj", "add_v_proj"))
@@ -52,21 +53,22 @@ def replace_layers(module: nn.Module, config: QuantizationConfig) -> nn.Module:
 
     Each layer gets a Hadamard rotation with offset and scale; siblings that read the same tensor share them.
     """
+    layers, packed = models.linear_layers(module), dict[str, QuantLinear]()
     owners: dict[tuple[str, int], str] = {}
     for name, treatment in models.plan(module, config).items():
         if treatment == models.KEPT:
             continue
-        dense, options = module.get_submodule(name), {}
+        dense, options = layers[name], {}
         if not treatment.is_fitted:
             options = {"rotation": "none", "factors": (), "has_offset": False, "has_scale": False}
         owner = owners.setdefault(key, name) if (key := _shared_input(name)) else name
         if owner != name:
             options["input_from"] = owner
-        layer = random_layer(
+        layer = packed[name] = random_layer(
             dense.in_features, dense.out_features, treatment.weight_bits, treatment.activation_bits, "meta", **options
         )
         if owner != name:
-            layer.share_input(module.get_submodule(owner))
+            layer.share_input(packed[owner])
         module.set_submodule(name, layer)
     return module
 

@@ -132,6 +132,6 @@ class Tap(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.note(gradient, *ctx.saved_tensors)
-        return gradient, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.note(*gradients, *ctx.saved_tensors)
+        return gradients[0], None, None

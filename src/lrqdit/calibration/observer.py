@@ -149,12 +149,12 @@ class Observer:
         if x.numel() == 0:
             return
         version = 0 if x.is_inference() else x._version
-        is_repeated = self._last is not None and self._last[0]() is x and self._last[1] == version
+        seen = self._last[2] if self._last and self._last[0]() is x and self._last[1] == version else None
         group = self._group_of.get(name)
-        if is_repeated and (group is None or (group is self._last[2] and group.names[0] != name)):
+        if seen is not None and (group is None or (group is seen and group.names[0] != name)):
             if group is None:
-                self._last[2].names.append(name)
-                self._group_of[name] = self._last[2]
+                seen.names.append(name)
+                self._group_of[name] = seen
             return
         if group is None:
             seed = self._sampling.seed * 1_000_003 + len(self._group_of)
@@ -194,7 +194,7 @@ class Observer:
 
 
 @contextmanager
-def recomputed_activations(module: nn.Module) -> Iterator[None]:
+def recomputed_activations(module: Any) -> Iterator[None]:
     """Inside, a diffusers model keeps the activations of one block at a time and computes the others again."""
     is_possible = getattr(module, "_supports_gradient_checkpointing", False)
     if not is_possible or getattr(module, "is_gradient_checkpointing", False):

@@ -149,7 +149,7 @@ def describe_run(module: nn.Module, **values: Any) -> dict[str, str]:
         if not isinstance(tensor, Tensor):  # a module's extra state
             continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
     hashed = {
         name: text if len(text) < 80 else hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()

@@ -210,7 +210,7 @@ def watched_scheduler(
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             memo[id(self)] = new = object.__new__(type(self))
-            vars(new).update(copy.deepcopy(vars(self), memo))
+            new.__dict__.update(copy.deepcopy(vars(self), memo))
             return new
 
         def __reduce_ex__(self, protocol: Any) -> tuple:  # a pickle finds a class by its name
@@ -243,7 +243,7 @@ def _split(outputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     if not shape or any(o.ndim != len(shape) or o.shape[1:] != outputs[0].shape[1:] for o in outputs):
         return nothing
     joined = torch.cat(outputs)
-    if len(shape) > 1:
+    if shape[1:]:
         joined = joined[:, : shape[1]]
     is_divisible = len(joined) % shape[0] == 0 if shape[0] else False
     return joined.reshape(-1, *shape) if is_divisible and joined.shape[1:] == shape[1:] else nothing

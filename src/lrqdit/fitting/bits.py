@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lrqdit.calibration.steps import Step
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError, NumericalError
-from lrqdit.models.registry import KEPT, Plan
+from lrqdit.models.registry import KEPT, Plan, linear_layers
 from lrqdit.numerics.rotation import single_thread
 from lrqdit.packed.format import InputFormat, LinearFormat
 from lrqdit.packed.linear import QuantLinear
@@ -90,7 +90,7 @@ class Probe:
         """
         if not self._exact:
             self._exact = [step.run(self._module) for step in self._steps]
-        original = self._module.get_submodule(name)
+        original = linear_layers(self._module)[name]
         self._module.set_submodule(name, layer.to_linear().to(original.weight.device, original.weight.dtype))
         try:
             changes = [

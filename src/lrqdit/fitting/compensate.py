@@ -109,17 +109,6 @@ def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return order, upper
 
 
-def damp_moment(moment: Tensor, damping: float) -> Tensor:
-    """moment + damping * mean(diag) * I, float64, its mean diagonal 1; that of a constant input is I."""
-    moment = moment.double()
-    variance = float(moment.diagonal().mean())
-    if not variance > 0:
-        return torch.eye(len(moment), dtype=torch.float64)
-    moment = moment / variance
-    moment.diagonal().add_(damping)
-    return moment / (1 + damping)
-
-
 def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:
     """E[x~^T x~] of E[(x - mu)^T (x - mu)], float64 and symmetric: (D M D) rotated on both sides."""
     directions = None if transform.principal is None else transform.principal.values

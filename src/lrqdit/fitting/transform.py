@@ -12,6 +12,7 @@ inflates it. The clip of a candidate is the ratio with the smallest error. On la
 import dataclasses
 import math
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ def _fit_clip(
     return best, best_error / max(varying, 1e-300)
 
 
-def token_levels(config: QuantizationConfig, bits: int) -> tuple[str, ...]:
+def token_levels(config: QuantizationConfig, bits: int) -> tuple[Literal["uniform", "normal"], ...]:
     """The kinds of levels that tokens of so many bits may take."""
     if bits != 4 or config.token_levels == "uniform":
         return ("uniform",)

@@ -12,6 +12,8 @@
     )
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+# diffusers' base class states no results of its methods, or too narrow ones
 import copy
 import enum
 from pathlib import Path
@@ -49,6 +51,8 @@ class LRQDiTConfig(QuantizationConfigMixin):
             (``mode="paper"``, ``seed=1``, ...; see :class:`lrqdit.QuantizationConfig`).
         settings, layers, format_version, quant_method: as read from a ``config.json``; not for users.
     """
+
+    quant_method: Any  # diffusers' enumeration has its own backends alone
 
     def __init__(
         self,
@@ -99,6 +103,7 @@ class LRQDiTConfig(QuantizationConfigMixin):
 class LRQDiTQuantizer(DiffusersQuantizer):
     """Loads packed layers as they are; quantizes float layers one by one as diffusers reads them."""
 
+    quantization_config: LRQDiTConfig
     requires_calibration = False
     use_keep_in_fp32_modules = True
 
@@ -152,7 +157,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
             for layer in model.modules():
                 if isinstance(layer, QuantLinear):  # what no file holds is real from the start
                     for name in layer._non_persistent_buffers_set:
-                        layer._buffers[name] = torch.zeros_like(layer._buffers[name], device="cpu")
+                        layer._buffers[name] = torch.zeros_like(layer.get_buffer(name), device="cpu")
             checkpoint.check_dtypes(model, self._header)
             missing = sorted(set(model.state_dict()) - set(self._header))
             if missing:
@@ -176,6 +181,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         """Hold a layer's parts until all have come, then replace it by its quantized form."""
         owner, _, leaf = param_name.rpartition(".")
         layer = model.get_submodule(owner)
+        assert isinstance(layer, nn.Linear)  # as the plan has no others
         # diffusers has cast param_value to the model's dtype; the state dict still has the original
         original = state_dict.get(param_name, param_value)
         setattr(layer, leaf, nn.Parameter(original.detach(), requires_grad=False))
@@ -198,7 +204,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         attach(model, self.config, self)
         return model
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> nn.Module:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
                 model.set_submodule(name, layer.to_linear())
@@ -207,7 +213,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         return model
 
 
-def attach(model: nn.Module, config: QuantizationConfig, quantizer: LRQDiTQuantizer | None = None) -> None:
+def attach(model: Any, config: QuantizationConfig, quantizer: LRQDiTQuantizer | None = None) -> None:
     """Leave on a quantized diffusers model what its ``save_pretrained`` reads."""
     values = checkpoint.format_config(model, config.to_dict())
     if quantizer is None:
@@ -228,5 +234,6 @@ def check_not_quantized(model: nn.Module, name: str) -> None:
         raise ModelError(f"{name} is quantized by another backend; load the original model and quantize that")
 
 
-AUTO_QUANTIZER_MAPPING[FORMAT_NAME] = LRQDiTQuantizer
-AUTO_QUANTIZATION_CONFIG_MAPPING[FORMAT_NAME] = LRQDiTConfig
+# typed by the entries they have
+AUTO_QUANTIZER_MAPPING[FORMAT_NAME] = LRQDiTQuantizer  # pyright: ignore[reportArgumentType]
+AUTO_QUANTIZATION_CONFIG_MAPPING[FORMAT_NAME] = LRQDiTConfig  # pyright: ignore[reportArgumentType]

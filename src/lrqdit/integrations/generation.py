@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -117,7 +117,7 @@ def call_pipeline(
     pipeline.set_progress_bar_config(**progress)
     try:
         with watched_scheduler(getattr(pipeline, "scheduler", None), keep), torch.no_grad():
-            output = pipeline(**batch, **call)
+            output = cast(Any, pipeline)(**batch, **call)  # the base class declares no call
     except LrqditError:
         raise
     except (ValueError, TypeError, IndexError) as error:
@@ -127,7 +127,8 @@ def call_pipeline(
         pipeline.set_progress_bar_config(**{"disable": False, **had_progress})
     if not latents:
         raise ModelError(f"{kind} took no step of a scheduler; pass a diffusion pipeline")
-    return output, latents.get(True, latents.get(False)).detach().float().cpu()
+    last = latents[True] if True in latents else latents[False]
+    return output, last.detach().float().cpu()
 
 
 def _frames(output: Any) -> tuple[Image.Image, ...]:
@@ -144,7 +145,7 @@ def pipeline_loop(
     show_progress: bool = True,
     on_prompt: Callable[[int], object] = lambda index: None,
     batch_size: int = 1,
-) -> Callable[[DiffusionPipeline], None]:
+) -> Callable[[Any], None]:
     """A forward loop that generates every prompt once, on noise of its own, and stops before the decoder.
 
     ``on_prompt`` is called with the index of each batch before it runs; ``batch_size`` prompts run together.

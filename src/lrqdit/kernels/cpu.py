@@ -55,7 +55,7 @@ def _factor_arrays(rotation: str, factors: tuple[int, ...]) -> tuple[Any, Any, l
 
 def _describe_transform(x: Tensor, transform: TransformArgs) -> tuple[native.Transform, Any]:
     """The C structure of a transform of x (rows, width), and the tensors that it points to."""
-    x = _contiguous(x if x.dtype in TYPE_CODES else x.float())
+    x = (x if x.dtype in TYPE_CODES else x.float()).contiguous()
     offset, scale, rotation, factors, block1, permutation, block2 = transform
     if permutation is not None:
         permutation = permutation.to(torch.int32)
@@ -130,7 +130,7 @@ def _quantized_linear(tokens: Tokens, weight: WeightArgs, out_dtype: torch.dtype
     _require("codes", tokens.codes, torch.int8, rows, in_features)
     _require("scale", tokens.scale, torch.float32, rows)
     structure, _kept = _describe_weight(in_features, weight)
-    return _multiply_codes(structure, Tokens(_contiguous(tokens.codes), _contiguous(tokens.scale)), out_dtype)
+    return _multiply_codes(structure, Tokens(tokens.codes.contiguous(), tokens.scale.contiguous()), out_dtype)
 
 
 def _multiply_codes(

@@ -24,16 +24,17 @@ from torch import Tensor
 from lrqdit.numerics.packing import unpack
 from lrqdit.numerics.principal import LowRank, outlet
 from lrqdit.numerics.rotation import MIN_ROWS, Rotation
-from lrqdit.numerics.tokens import InputTransform, quantize_into
-from lrqdit.numerics.trellis import find_places, order_by_place
+from lrqdit.numerics.shapes import TILE
+from lrqdit.numerics.tokens import InputTransform
+from lrqdit.numerics.tokens import quantize_tokens as round_tokens
+from lrqdit.numerics.trellis import level_index
 
 _TRANSFORM = (
     "Tensor x, Tensor? input_offset, Tensor? input_scale, str rotation, int[] factors, "
     "Tensor? block1, Tensor? permutation, Tensor? block2"
 )
 _WEIGHT = "Tensor packed, Tensor? table, Tensor row_scale, Tensor? bias, int bits, ScalarType out_dtype"
-ROWS_PER_CHUNK = 2048
-CACHE_BYTES = 5 << 20
+CHUNK_ELEMENTS = 1 << 20  # that the reference computes at once: 4 MiB of float32, 8 MiB of indices
 
 LIBRARY = torch.library.Library("lrqdit", "DEF")
 LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
@@ -146,37 +147,20 @@ def register(key: str, kernels: dict[str, Callable[..., Any]]) -> None:
 
 def decode_weight(weight: WeightArgs, in_features: int) -> Tensor:
     """Packed codes -> the int8 weights that are multiplied, (out_features, in_features)."""
-    packed, table, _, _, bits = weight
-    if table is not None and table.shape[0] == 1:
-        return _decode_pairs(packed, table[0], bits)[: weight.out_features, :in_features].contiguous()
-    codes = unpack(packed, weight.out_features, in_features, bits)
-    if table is None:
+    rows = max(1, CHUNK_ELEMENTS // (TILE * in_features)) * TILE
+    stops = range(rows, weight.out_features + rows, rows)
+    return torch.cat([_decode_rows(weight, in_features, stop - rows, min(stop, weight.out_features)) for stop in stops])
+
+
+def _decode_rows(weight: WeightArgs, in_features: int, start: int, stop: int) -> Tensor:
+    """Output channels start (a multiple of TILE) to stop - 1."""
+    first = max(0, start - TILE) if weight.is_trellis else start  # a path needs codes of the tile before
+    packed = weight.packed[first // TILE : -(-stop // TILE)]
+    codes = unpack(packed, stop - first, in_features, weight.bits)
+    if weight.table is None:
         return (codes ^ 128).view(torch.int8)  # code - 128
-    return torch.cat(
-        [
-            t.gather(1, chunk.long())
-            for t, chunk in zip(table.split(ROWS_PER_CHUNK), codes.split(ROWS_PER_CHUNK), strict=True)
-        ]
-    )
-
-
-def _decode_pairs(packed: Tensor, table: Tensor, bits: int) -> Tensor:
-    """Codes of one table for all -> int8 weights of whole tiles, several times as fast as code by code.
-
-    Two neighbouring inputs' places in the table, a byte each, are an index into all pairs of levels.
-    """
-    out_tiles, in_tiles, _ = packed.shape
-    is_trellis = len(table) == 2 << bits
-    levels = (order_by_place(table, bits) if is_trellis else table).short()
-    pairs = torch.nn.functional.pad((levels & 255) | (levels[:, None] << 8), (0, 256 - len(levels))).view(1, -1)
-    weight = torch.empty(out_tiles, 128 * in_tiles, dtype=torch.int16, device=packed.device)
-    tiles = max(8, -(-out_tiles // -(-2 * weight.nbytes // CACHE_BYTES)))  # an index takes four times as much
-    for start in range(0, out_tiles, tiles):
-        part = weight[start : start + tiles]
-        places = find_places(packed, start, start + len(part), bits, is_trellis)
-        index = places.view(torch.uint16).view(part.shape).long()
-        torch.gather(pairs.expand(len(part), -1), 1, index, out=part)
-    return weight.view(torch.int8).view(16 * out_tiles, 16 * in_tiles)
+    index = level_index(codes)[start - first :] if weight.is_trellis else codes
+    return weight.table.expand(weight.out_features, -1)[start:stop].gather(1, index.long())
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -192,58 +176,44 @@ def float_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     return sum((part.int() for part in parts), torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device))
 
 
-def parts_in_cache(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of equally many rows in parts of :func:`rows_in_cache`."""
-    rows = rows_in_cache(width, tensors[0])
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+def _rows_at_once(width: int) -> int:
+    """How many rows of a width the reference transforms or multiplies at once; a multiple of MIN_ROWS, because the bits
+    of a product of fewer may depend on the number of threads."""
+    return max(1, CHUNK_ELEMENTS // (MIN_ROWS * width)) * MIN_ROWS
 
 
-def rows_in_cache(width: int, tensor: Tensor) -> int:
-    """How many rows of a tensor a processor's cache keeps through several passes, as float32 of this width: the tensor
-    in equal parts; on a GPU all at once."""
-    parts = -(-4 * width * len(tensor) // CACHE_BYTES) if tensor.device.type == "cpu" else 1
-    return MIN_ROWS * max(1, -(-len(tensor) // (MIN_ROWS * max(1, parts))))
-
-
-def _build(transform: TransformArgs, width: int) -> InputTransform:
-    return InputTransform(transform.build_rotation(width), transform.input_offset, transform.input_scale)
+def _transformed(x: Tensor, transform: TransformArgs) -> Iterator[Tensor]:
+    """x~ in parts."""
+    width = x.shape[-1]
+    built = InputTransform(transform.build_rotation(width), transform.input_offset, transform.input_scale)
+    return (built.apply(part) for part in x.split(_rows_at_once(width)))
 
 
 def reference_apply_transform(x: Tensor, transform: TransformArgs) -> Tensor:
-    width, out = x.shape[-1], torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    built = _build(transform, width)
-    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, dtype=torch.float32, device=x.device)
-    for tokens, to in parts_in_cache(width, x, out):
-        to.copy_(built.apply(tokens, work[:, : len(tokens)]))
-    return out
+    return torch.cat([*_transformed(x, transform)])
 
 
 def reference_quantize_tokens(x: Tensor, transform: TransformArgs, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    width, codes = x.shape[-1], torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
-    built = _build(transform, width)
-    work = torch.empty(2, min(len(x), rows_in_cache(width, x)), width, dtype=torch.float32, device=x.device)
-    for tokens, *to in parts_in_cache(width, x, codes, scale):
-        quantize_into(*to, built.apply(tokens, work[:, : len(tokens)]), *rounding)
-    return codes, scale
+    codes, scale = zip(*(round_tokens(part, *rounding) for part in _transformed(x, transform)), strict=True)
+    return torch.cat(codes), torch.cat(scale)
 
 
 def reference_quantized_linear(tokens: Tokens, weight: WeightArgs, out_dtype: torch.dtype) -> Tensor:
-    sums = integer_matmul(tokens.codes, decode_weight(weight, tokens.codes.shape[1]))
-    out = torch.empty(sums.shape, dtype=out_dtype, device=sums.device)
-    # the products lie where their sums were: as few bytes as possible go through the cache
-    for part, y, step, to in parts_in_cache(weight.out_features, sums, sums.view(torch.float32), tokens.scale, out):
-        y.copy_(part).mul_(weight.row_scale).mul_(step[:, None])
-        to.copy_(y if weight.bias is None else y.add_(weight.bias))
-    return out
+    decoded, out = decode_weight(weight, tokens.codes.shape[1]), []
+    rows = _rows_at_once(max(decoded.shape))
+    for codes, scale in zip(tokens.codes.split(rows), tokens.scale.split(rows), strict=True):
+        y = integer_matmul(codes, decoded).float() * weight.row_scale * scale[:, None]
+        out.append((y if weight.bias is None else y + weight.bias).to(out_dtype))
+    return torch.cat(out)
 
 
 def reference_weight_only_linear(
     x: Tensor, transform: TransformArgs, weight: WeightArgs, out_dtype: torch.dtype
 ) -> Tensor:
     x = reference_apply_transform(x, transform)
-    y = torch.nn.functional.linear(x, decode_weight(weight, x.shape[1]).float()).mul_(weight.row_scale)
-    return (y if weight.bias is None else y.add_(weight.bias)).to(out_dtype)
+    parts = decode_weight(weight, x.shape[1]).split(_rows_at_once(x.shape[1]))
+    y = torch.cat([x @ part.float().T for part in parts], dim=1) * weight.row_scale
+    return (y if weight.bias is None else y + weight.bias).to(out_dtype)
 
 
 REFERENCE: dict[str, Callable[..., Any]] = {
@@ -289,7 +259,7 @@ def unfold(transform: InputTransform, weight: Tensor, acting: LowRank | None = N
     """The inverse of :func:`fold`: W~ -> W, float32. ``acting`` is C, what of W acts on the principal part."""
     scale = 1.0 if transform.input_scale is None else transform.input_scale.float()
     weight = transform.rotation.apply_transpose(weight) * scale
-    if acting is None:
+    if acting is None or transform.principal is None:
         return weight
     u = transform.principal.values
     return weight + (acting.values.T - transform.unsmooth(weight) @ u.T) @ u * scale

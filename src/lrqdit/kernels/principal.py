@@ -33,6 +33,7 @@ class TorchCalls:
         return self.calls.quantize_tokens(left)._replace(coordinates=coordinates)
 
     def quantized_linear(self, tokens: Tokens, out_dtype: torch.dtype) -> Tensor:
+        assert tokens.coordinates is not None
         return self._add(self.calls.quantized_linear(tokens, out_dtype), tokens.coordinates)
 
     def linear(self, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tokens]:
@@ -42,6 +43,7 @@ class TorchCalls:
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         t = self.transform
+        assert t.principal is not None
         return split(x.reshape(-1, t.in_features), t.principal, t.input_offset, t.input_scale)
 
     def _add(self, y: Tensor, coordinates: Tensor) -> Tensor:
@@ -85,4 +87,5 @@ class KernelCalls:
 def kernels_take(rank: int, x_dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
     """Whether the native kernels, where they can be called, take a principal part of this rank themselves."""
     is_bfloat16 = x_dtype == out_dtype == torch.bfloat16
-    return is_bfloat16 and rank <= cpu.MAX_RANK and bool(native.LIBRARY.lrq_has_pairs())
+    library: Any = native.LIBRARY
+    return is_bfloat16 and rank <= cpu.MAX_RANK and bool(library.lrq_has_pairs())

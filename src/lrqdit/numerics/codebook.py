@@ -94,7 +94,7 @@ class Codebook:
         weight is (out, columns), finite, of any float dtype and any number of columns; the codes are uint8. Nearest is
         decided on w / row_scale rounded to float32. A row of scale 0 decodes to 0 whatever its codes are.
         """
-        self._check_rows("encode", weight)
+        self.check_rows("encode", weight)
         if weight.device.type == "cpu" and weight.numel() and native.is_available():
             return self._encode_natively(weight.detach().float().contiguous())
         slots = weight.detach().float() / self.row_scale.masked_fill(self.row_scale == 0, 1)[:, None]
@@ -103,7 +103,7 @@ class Codebook:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return row_scale · table[codes], float32 (out, columns), for uint8 codes (out, columns)."""
-        self._check_rows("decode", codes)
+        self.check_rows("decode", codes)
         return _look_up(self.table, codes.to(torch.int32)).float().mul_(self.row_scale[:, None])
 
     def quantize(self, weight: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Codebook:
         codes = torch.searchsorted(table[:, 1:] + table[:, :-1], slots.repeat(len(table), 1), right=True)
         return codes.clamp_(min=1 if self.bits == 8 else 0).to(torch.uint8)  # -128 is never used
 
-    def _check_rows(self, operation: str, matrix: Tensor) -> None:
+    def check_rows(self, operation: str, matrix: Tensor) -> None:
         rows, shape = len(self.row_scale), tuple(matrix.shape)
         if len(shape) != 2 or shape[0] != rows:
             raise ConfigError(
@@ -145,7 +145,7 @@ class Histogram:
 
 def fit_twin_log(histogram: Histogram, bits: int) -> tuple[Integers, None]:
     """Twin-Log levels, see the module's docstring."""
-    return _round_levels(_search_ladders(histogram, 2 ** (bits - 1))), None
+    return round_levels(_search_ladders(histogram, 2 ** (bits - 1))), None
 
 
 def fit_uniform(histogram: Histogram, bits: int) -> tuple[Integers, None]:
@@ -169,7 +169,7 @@ def fit_lloyd_max(histogram: Histogram, bits: int) -> tuple[Integers, None]:
         edges = np.concatenate([ends, inner, ends + 2 * BINS], 1)
         mass, moment = np.diff(np.take_along_axis(below, edges[None], 2))
         levels = np.maximum.accumulate(np.where(mass > 0, moment / np.where(mass > 0, mass, 1), levels), 1)
-    return _round_levels(levels), None
+    return round_levels(levels), None
 
 
 def fit_nf4(histogram: Histogram, bits: int) -> tuple[Integers, None]:
@@ -178,7 +178,7 @@ def fit_nf4(histogram: Histogram, bits: int) -> tuple[Integers, None]:
         raise ConfigError(f"codebook.fit: kind='nf4' has no {bits}-bit levels; use bits=4, or kind='twin_log'")
     above, below = ([NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, n)] for n in (9, 8))
     levels = np.array([-level for level in below] + above[-2::-1])  # 0.9677083 is the paper's outermost quantile
-    return _round_levels(np.tile(levels, (len(histogram.lowest), 1))), None
+    return round_levels(np.tile(levels, (len(histogram.lowest), 1))), None
 
 
 def fit_absmax(histogram: Histogram, bits: int) -> tuple[Integers, Floats]:
@@ -228,7 +228,7 @@ def fit(
     ):
         if value not in allowed:
             raise ConfigError(f"codebook.fit: {name}={value!r} is not supported; use one of {allowed}")
-    matrix = _read_matrix("fit", weight)
+    matrix = read_matrix("fit", weight)
     columns = _read_importance("fit", importance, matrix.shape[1])
     kind, fit_table = ("uniform", fit_absmax) if bits == 8 else (kind, CODEBOOKS[kind])
     if scope == "layer" and fit_table not in (fit_minmax, fit_absmax):
@@ -251,7 +251,7 @@ def fit(
 
 def relative_error(weight: Tensor, codebook: Codebook, importance: Tensor | None = None) -> float:
     """Return Σ importance[j] · (w - ŵ)² / Σ importance[j] · w², 0 for a weight of zeros; raises as `fit` does."""
-    matrix = _read_matrix("relative_error", weight)
+    matrix = read_matrix("relative_error", weight)
     columns = _read_importance("relative_error", importance, matrix.shape[1])
     quantized = codebook.quantize(weight.detach()).cpu().numpy()
     error = energy = 0.0
@@ -306,7 +306,7 @@ def _count_rows(rows: NDArray[np.float32], columns: Floats) -> tuple[Floats, His
     index, size = _find_bins(units), len(rows) * 2 * BINS
     index += np.arange(len(rows))[:, None] * (2 * BINS)
     weights = np.broadcast_to(columns, units.shape), columns * units
-    bins = np.stack([np.bincount(index.ravel(), w.ravel(), size) for w in weights]).reshape(2, len(rows), -1)
+    bins = np.array([np.bincount(index.ravel(), w.ravel(), size) for w in weights], float).reshape(2, len(rows), -1)
     return root_mean_square, Histogram(bins, np.minimum(units.min(1), 0), np.maximum(units.max(1), 0))
 
 
@@ -411,7 +411,7 @@ def _search_ladders(histogram: Histogram, size: int) -> Floats:
     return np.concatenate([-negative[:, ::-1], positive], 1)
 
 
-def _round_levels(levels: Floats) -> Integers:
+def round_levels(levels: Floats) -> Integers:
     """Return ascending levels (G, n) as int8, the largest magnitude 127; levels that would coincide move up by one."""
     peak = np.abs(levels).max(1, keepdims=True)
     order = np.arange(levels.shape[1])
@@ -487,7 +487,7 @@ def _polish_scales(
     return best
 
 
-def _read_matrix(operation: str, weight: Tensor) -> NDArray[np.float32]:
+def read_matrix(operation: str, weight: Tensor) -> NDArray[np.float32]:
     if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
         found, allowed = f"{weight.dtype} of shape {tuple(weight.shape)}", "a nonempty floating-point matrix (out, in)"
         raise ConfigError(f"codebook.{operation}: weight is {found}; pass {allowed}")

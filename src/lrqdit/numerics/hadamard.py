@@ -101,11 +101,11 @@ def _goethals_seidel(first_rows: tuple[int, ...], size: int) -> np.ndarray:
 def _jacobsthal(size: int) -> np.ndarray:
     """Q_ij = χ(a_i - a_j) over GF(size), χ the quadratic character: +1 for even powers of a primitive element."""
     prime = prime_factors(size)[0]
-    degree = len(prime_factors(size))
+    degree, character = len(prime_factors(size)), np.zeros(size, np.int8)
     for low in range(1, size):
         # The monic polynomial whose lower digits are those of low is primitive if x takes size - 1 distinct powers.
         reduction = [-(low // prime**place) % prime for place in range(degree)]
-        element, character = [1] + [0] * (degree - 1), np.zeros(size, np.int8)
+        element, character[:] = [1] + [0] * (degree - 1), 0
         for power in range(size - 1):
             number = sum(digit * prime**place for place, digit in enumerate(element))
             if number == 0 or character[number]:

@@ -37,7 +37,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ConfigError: for unsupported bits or a code that does not fit.
     """
-    out_tiles, in_tiles, tile_bytes = packed_shape(*codes.shape, bits)
+    out_features, in_features = codes.shape
+    out_tiles, in_tiles, tile_bytes = packed_shape(out_features, in_features, bits)
     if codes.device.type == "cpu" and native.is_available():
         packed = torch.empty(out_tiles, in_tiles, tile_bytes, dtype=torch.uint8)
         used = torch.empty(1, dtype=torch.uint8)
@@ -46,7 +47,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return packed
     _check_codes(codes, int(codes.max()) if codes.numel() else 0, bits)
     padded = torch.zeros(out_tiles * TILE, in_tiles * TILE, dtype=torch.uint8, device=codes.device)
-    padded[: codes.shape[0], : codes.shape[1]] = codes
+    padded[:out_features, :in_features] = codes
     # (output tile, lane j, position p, input tile, k) -> (output tile, input tile, p, 16 j + k)
     tiles = padded.view(out_tiles, 4, 4, in_tiles, TILE).permute(0, 3, 2, 1, 4).reshape(out_tiles, in_tiles, 4, 64)
     parts = []

@@ -17,7 +17,7 @@ vector anyway and takes them into that. The outlier rotation is DuQuant's (arXiv
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +62,11 @@ class Rotation:
     block2: Tensor | None = None
     permutation: Tensor | None = None
 
-    def apply(self, x: Tensor, work: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """Return x R.
 
         Args:
             x: (..., in_features), any floating dtype; converted to float32 first.
-            work: float32 and contiguous like x; then both may be overwritten, and the result may lie in either.
 
         Returns:
             float32, the shape of x, on x's device. The same bits with one or two CPU threads, and with any
@@ -76,7 +75,7 @@ class Rotation:
         Raises:
             RotationError: if x is not floating point or its last dimension is not in_features.
         """
-        return self._rotate(self._checked("apply", x), work=work)
+        return self._rotate(self._checked("apply", x))
 
     def apply_transpose(self, x: Tensor) -> Tensor:
         """Return x Rᵀ, the inverse of `apply`; arguments, result and errors as there."""
@@ -86,12 +85,12 @@ class Rotation:
         """Return R, dense: float32 (in_features, in_features), on the CPU."""
         return self.apply(torch.eye(self.in_features, dtype=torch.float32, device="cpu"))
 
-    def _rotate(self, x: Tensor, is_inverse: bool = False, work: Tensor | None = None) -> Tensor:
+    def _rotate(self, x: Tensor, is_inverse: bool = False) -> Tensor:
         if self.kind == "hadamard":
-            return _rotate_width(x, self.factors, is_inverse, work)
+            return _rotate_width(x, self.factors, is_inverse)
         if self.kind == "block_hadamard":
             block = factor_matrix(self.factors[0], x.device)
-            return _rotate_blocks(x, block.T if is_inverse else block, work)
+            return _rotate_blocks(x, block.T if is_inverse else block)
         if self.block1 is None or self.block2 is None or self.permutation is None:
             return x
         block1, block2, permutation = (t.to(x.device) for t in (self.block1, self.block2, self.permutation))
@@ -272,11 +271,11 @@ def _independent_magnitudes(rows: Tensor, matrix: Tensor) -> Tensor:
     return (rows.unflatten(-1, (-1, len(matrix))).double().square() @ matrix.square()).sqrt()
 
 
-def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool, work: Tensor | None) -> Tensor:
+def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool) -> Tensor:
     """Multiply the last axis by the Kronecker product of the factors, or by two overlapping ones if it is narrower."""
     width, covered = x.shape[-1], math.prod(map(abs, factors))
     if covered == width:
-        return _multiply_kronecker(x, factors, is_inverse, work)
+        return _multiply_kronecker(x, factors, is_inverse)
     # Signs in between keep the second product from undoing what the first has spread.
     index = torch.arange(width, dtype=torch.int64, device=x.device)
     signs = 1.0 - 2.0 * (index * index * 40503 >> 15 & 1).float()
@@ -288,30 +287,27 @@ def _rotate_width(x: Tensor, factors: tuple[int, ...], is_inverse: bool, work: T
     return x
 
 
-def _multiply_kronecker(
-    x: Tensor, factors: tuple[int, ...], is_inverse: bool = False, work: Tensor | None = None
-) -> Tensor:
+def _multiply_kronecker(x: Tensor, factors: tuple[int, ...], is_inverse: bool) -> Tensor:
     shape, inner = x.shape, 1
     for group in reversed(merge_factors(factors)):
         matrix = kronecker_matrix(group, x.device)
-        matrix, order = matrix.T if is_inverse else matrix, len(matrix)
+        matrix = matrix.T if is_inverse else matrix
+        order = len(matrix)
         if inner == 1:
-            y = _rotate_blocks(x, matrix, work)
+            x = _rotate_blocks(x, matrix)
         else:
             x = x.reshape(x.numel() // (order * inner), order, inner)
-            matrices = matrix.T.expand(len(x), order, order)
-            y = torch.bmm(matrices, x, out=None if work is None else work.view(x.shape))
-        x, work = y, None if work is None else x
+            x = torch.bmm(matrix.T.expand(len(x), order, order), x)
         inner *= order
     return x.reshape(shape)
 
 
-def _rotate_blocks(x: Tensor, block: Tensor, work: Tensor | None = None) -> Tensor:
+def _rotate_blocks(x: Tensor, block: Tensor) -> Tensor:
     rows = x.reshape(x.numel() // len(block), len(block))
-    if len(rows) < MIN_ROWS:
-        padded = torch.cat((rows, rows.new_zeros(MIN_ROWS - len(rows), len(block))))
-        return (padded @ block)[: len(rows)].reshape(x.shape)
-    return torch.mm(rows, block, out=None if work is None else work.view(rows.shape)).reshape(x.shape)
+    count = len(rows)
+    if count < MIN_ROWS:
+        rows = torch.cat((rows, rows.new_zeros(MIN_ROWS - count, len(block))))
+    return (rows @ block)[:count].reshape(x.shape)
 
 
 def _random_signs(in_features: int, generator: torch.Generator) -> Tensor:
@@ -319,7 +315,7 @@ def _random_signs(in_features: int, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
+def single_thread() -> Generator[None]:
     """QR and matrix products in float64 give the same bits on every run only with a fixed number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

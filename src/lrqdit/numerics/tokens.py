@@ -22,6 +22,7 @@ lost.
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,32 +55,27 @@ class InputTransform:
     input_offset: Tensor | None
     input_scale: Tensor | None
     clip: float = 1.0
-    levels: str = "uniform"
+    levels: Literal["uniform", "normal"] = "uniform"
     principal: LowRank | None = None
 
     @property
     def in_features(self) -> int:
         return self.rotation.in_features
 
-    def apply(self, x: Tensor, work: Tensor | None = None) -> Tensor:
-        """x (..., in_features), any float dtype -> x~ float32, without its principal part.
-
-        The result is new memory, or part of ``work``, float32 (2, *x.shape), if that is given.
-        """
-        x = self.smooth(x, None if work is None else work[0])
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in_features), any float dtype -> x~ float32, without its principal part."""
+        x = self.smooth(x)
         if self.principal is not None:
             u = self.principal.values
             x = x - (x @ u.T) @ u
-        return self.rotation.apply(x, None if work is None else work[1])
+        return self.rotation.apply(x)
 
-    def smooth(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """(x - mu) * m, float32, of x (..., in_features), in ``out`` or in new memory."""
-        x = x.to(torch.float32, copy=True) if out is None else out.copy_(x)
+    def smooth(self, x: Tensor) -> Tensor:
+        """(x - mu) * m, float32, of x (..., in_features)."""
+        x = x.float()
         if self.input_offset is not None:
-            x -= self.input_offset.float()
-        if self.input_scale is not None:
-            x *= self.input_scale.float()
-        return x
+            x = x - self.input_offset.float()
+        return x if self.input_scale is None else x * self.input_scale.float()
 
     def unsmooth(self, weight: Tensor) -> Tensor:
         """W / m, float32."""
@@ -96,14 +92,6 @@ def normal_lookup() -> Tensor:
         return torch.where(codes < 0, -nearest, nearest).to(torch.int8)
 
 
-@functools.cache
-def _normal_pairs() -> Tensor:
-    """int16 (65536,): two neighbouring levels, at two neighbouring 8-bit codes read as one uint16."""
-    with torch.inference_mode(False):
-        of_byte = normal_lookup().roll(-128)
-        return torch.cartesian_prod(of_byte, of_byte).flip(1).contiguous().view(torch.int16).flatten()
-
-
 def quantize_tokens(x: Tensor, bits: int, clip: float = 1.0, levels: str = "uniform") -> tuple[Tensor, Tensor]:
     """Dynamic symmetric quantization, one step per token.
 
@@ -116,28 +104,11 @@ def quantize_tokens(x: Tensor, bits: int, clip: float = 1.0, levels: str = "unif
     Returns:
         Codes int8 (tokens, channels) and steps float32 (tokens,); a token of zeros gets step 0.
     """
-    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1])
-    quantize_into(codes, scale, x.clone(), bits, clip, levels)
-    return codes, scale
-
-
-def quantize_into(codes: Tensor, scale: Tensor, x: Tensor, bits: int, clip: float, levels: str) -> None:
-    """:func:`quantize_tokens` into contiguous ``codes`` and ``scale``; x is overwritten."""
-    largest = 127.0 if levels == "normal" else float(2 ** (bits - 1) - 1)
-    torch.maximum(x.amax(dim=-1), -x.amin(dim=-1), out=scale).mul_(clip / largest)
-    inverse = torch.where(scale > torch.finfo(torch.float32).tiny, 1.0 / scale, torch.zeros_like(scale))
-    codes.copy_(x.mul_(inverse[..., None]).round_().clamp_(-largest - 1, largest))
-    if levels == "normal":
-        _round_to_normal(codes)
-
-
-def _round_to_normal(codes: Tensor) -> None:
-    """8-bit codes (tokens, channels) -> the nearest of NORMAL_LEVELS, in place."""
-    if codes.shape[1] % 2 or codes.device.type != "cpu":
-        codes.copy_(normal_lookup().to(codes.device).expand(len(codes), -1).gather(1, codes.long() + 128))
-    else:  # two by two: half as many look-ups, and an index is four times as long as its codes, not eight
-        index = codes.view(torch.uint16).long()
-        torch.gather(_normal_pairs().expand(len(codes), -1), 1, index, out=codes.view(torch.int16))
+    largest = 127.0 if levels == "normal" else 2.0 ** (bits - 1) - 1
+    scale = x.abs().amax(dim=-1) * (clip / largest)
+    inverse = torch.where(scale > torch.finfo(torch.float32).tiny, 1 / scale, torch.zeros_like(scale))
+    codes = (x * inverse[..., None]).round().clamp(-largest - 1, largest).to(torch.int8)
+    return (normal_lookup().to(x.device)[codes.long() + 128] if levels == "normal" else codes), scale
 
 
 def dequantize_tokens(codes: Tensor, scale: Tensor) -> Tensor:

@@ -28,8 +28,7 @@ from torch import Tensor
 from lrqdit import native
 from lrqdit.config import TRELLIS_BITS
 from lrqdit.errors import ConfigError
-from lrqdit.numerics.codebook import SLOTS, Codebook, _read_matrix, _round_levels
-from lrqdit.numerics.packing import PARTS
+from lrqdit.numerics.codebook import SLOTS, Codebook, read_matrix, round_levels
 
 STATES, HISTORY = 64, 6
 STEPS_PER_SHIFT = 32  # after so many rows the smallest cost becomes 0 again
@@ -43,7 +42,7 @@ class TrellisCodebook(Codebook):
 
     def encode(self, weight: Tensor) -> Tensor:
         """The codes, uint8, of the paths of least squared error through the columns of a finite (out, columns)."""
-        self._check_rows("encode", weight)
+        self.check_rows("encode", weight)
         matrix = weight.detach().to("cpu", torch.float32).contiguous()
         scale = self.row_scale.cpu().contiguous()
         codes = torch.empty(matrix.shape, dtype=torch.uint8)
@@ -57,7 +56,7 @@ class TrellisCodebook(Codebook):
 
     def decode(self, codes: Tensor) -> Tensor:
         """row_scale · level, float32 (out, columns), for uint8 codes (out, columns)."""
-        self._check_rows("decode", codes)
+        self.check_rows("decode", codes)
         return self.table[0].float()[level_index(codes)].mul_(self.row_scale[:, None])
 
 
@@ -70,68 +69,6 @@ def level_index(codes: Tensor) -> Tensor:
 
     chosen = codes ^ (earlier(1) ^ earlier(6)) & 1
     return (chosen.int() << 1).add_((earlier(2) ^ earlier(4)) & 1)
-
-
-def find_places(packed: Tensor, start: int, stop: int, bits: int, is_trellis: bool) -> Tensor:
-    """Which level of :func:`order_by_place` each code of the output tiles start ... stop - 1 stands for.
-
-    The path is followed on packed bytes, which hold the codes of several channels: uint8 (tiles, input tiles, 32 bits),
-    see packing.py, -> uint8 (16 * (stop - start), 16 * input tiles). From its lowest bit on a place holds the lower
-    part of the code, the parity (of a trellis only) and the higher part.
-    """
-    low, high = (*PARTS[bits], 0)[:2]
-    count, in_tiles, planes, width = stop - start, packed.shape[1], low // 2, 16 * packed.shape[1]
-    # (tile, input tile, plane, lane, k) -> (plane, lane of every tile, all inputs), one tile before the first included;
-    # eight inputs are one int64, and the halves of a lane move one by one: torch is slow at rows of two
-    tiles = packed[max(0, start - 1) : stop, :, : 64 * planes].view(torch.int64).unflatten(2, (planes, 4, 2))
-    lanes = tiles.new_zeros(planes, 1 + count, 4, in_tiles, 2)
-    for half in range(2):
-        lanes[:, 1 + count - len(tiles) :, ..., half] = tiles[..., half].permute(2, 0, 3, 1)
-    lanes = lanes.view(torch.uint8).view(planes, 4 + 4 * count, width)
-    x, y, z = lanes[:, 4:].unbind(), lanes[:, 3:-1].unbind(), lanes[:, 2:-2].unbind()
-    places = torch.empty(4 * count, 4, width, dtype=torch.uint8, device=packed.device)  # channel 4 lane + position
-    if low == 4:
-        if is_trellis:
-            flips = [(x[0] << 4 | y[1] >> 4) ^ z[1], (x[1] << 4 | x[0] >> 4) ^ y[0]]
-            parities = [(y[0] ^ y[1]) & 0x11, (x[0] ^ y[1]) & 0x11]
-            x = [plane ^ flip.bitwise_and_(0x11) for plane, flip in zip(x, flips, strict=True)]
-        for plane in range(2):
-            even, odd = places[:, 2 * plane], places[:, 2 * plane + 1]
-            torch.bitwise_and(x[plane], 15, out=even)
-            torch.bitwise_right_shift(x[plane], 4, out=odd)
-            if is_trellis:
-                even |= parities[plane] << 4
-                odd |= parities[plane] & 0x10
-    else:
-        (x,), (y,), (z,) = x, y, z
-        if is_trellis:
-            flip, parity = (x << 2 | y >> 6) ^ (y << 4 | z >> 4), (x << 4 | y >> 4) ^ y
-            x = x ^ flip.bitwise_and_(0x55)
-        even, odd = x & 0x33, x >> 2 & 0x33  # positions 0 and 2, 1 and 3
-        if is_trellis:
-            even |= (parity & 0x11) << 2
-            odd |= parity & 0x44
-        for position, pair in enumerate((even, odd)):
-            torch.bitwise_and(pair, 15, out=places[:, position])
-            torch.bitwise_right_shift(pair, 4, out=places[:, position + 2])
-    shift = low + is_trellis
-    if high == 1:
-        # a byte holds the bits of eight inputs: it is looked up as eight bytes
-        words = packed[start:stop, :, 64 * planes :].view(torch.int16).unflatten(2, (4, 4)).permute(0, 3, 2, 1)
-        index = words.contiguous().view(torch.uint8).view(count, -1).long()
-        eight = torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
-        eight = (eight << shift).view(torch.int64).view(1, -1).to(packed.device)
-        places |= eight.expand(count, -1).gather(1, index).view(torch.uint8).view(places.shape)
-    elif high == 2:
-        pairs = packed[start:stop, :, 64 * planes :].unflatten(2, (4, 16)).transpose(1, 2).reshape(-1, width)
-        for position in range(4):
-            places[:, position] |= (pairs >> 2 * position & 3) << shift
-    return places.view(-1, width)
-
-
-def order_by_place(table: Tensor, bits: int) -> Tensor:
-    """The levels of a trellis, (2**(bits + 1),), in the order of :func:`find_places`."""
-    return table.view(-1, 1 << PARTS[bits][0], 2).transpose(1, 2).flatten()
 
 
 def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
@@ -149,9 +86,9 @@ def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
             f"trellis.expand: {levels.bits} bits with {len(levels.table)} tables; "
             "a trellis has one table of 2 to 5 bits"
         )
-    levels._check_rows("expand", weight)
+    levels.check_rows("expand", weight)
     count = max(FIT_COLUMNS, -(-FIT_WEIGHTS // len(weight)))
-    sample = _read_matrix("expand", weight[:, :: max(1, weight.shape[1] // count)])
+    sample = read_matrix("expand", weight[:, :: max(1, weight.shape[1] // count)])
     scale = levels.row_scale.cpu()
     table = _split(levels.table[0].cpu().numpy().astype(np.float64))
     units = sample / np.where(scale == 0, 1, scale.double().numpy())[:, None]
@@ -176,8 +113,8 @@ def _rounded(levels: Codebook, table: NDArray[np.float64], scale: Tensor) -> Tre
     """The table as int8 with 127 its largest magnitude, and the row scales that go with it."""
     peak = float(np.abs(table).max())
     if not peak > 0:
-        table, peak = np.arange(len(table)) + 1.0, 127.0
-    table8 = torch.from_numpy(_round_levels(table[None]))
+        table, peak = np.arange(1, len(table) + 1, dtype=np.float64), 127.0
+    table8 = torch.from_numpy(round_levels(table[None]))
     return TrellisCodebook(levels.kind, levels.bits, table8, scale * (peak / 127))
 
 

@@ -71,8 +71,7 @@ def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, A
         settings: recorded beside the layers; by default those that :func:`lrqdit.quantize` left on the module.
     """
     folder = Path(folder)
-    settings = settings if settings is not None else getattr(module, "lrqdit_settings", {})
-    config = format_config(module, settings)
+    config = format_config(module, getattr(module, "lrqdit_settings", {}) if settings is None else settings)
     if not config["layers"]:
         raise CheckpointError(f"{type(module).__name__} has no quantized layer to save; call lrqdit.quantize first")
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +110,7 @@ def load_checkpoint(module: nn.Module, folder: str | Path) -> nn.Module:
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHT_FILE} does not fit {type(module).__name__}: {error}") from error
     finish_layers(module)
-    module.lrqdit_settings = config.get("settings", {})
+    vars(module)["lrqdit_settings"] = config.get("settings", {})
     return module
 
 

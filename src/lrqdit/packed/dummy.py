@@ -28,9 +28,10 @@ def random_layer(
 def fill_randomly(layer: QuantLinear) -> QuantLinear:
     """Random codes, evenly spaced levels, one row scale, no offset, no smoothing; on the meta device nothing."""
     layer.packed.random_(0, 256)
+    buffers = dict(layer.named_buffers())
     for name, values in (("row_scale_bits", ROW_SCALE), ("input_scale_bits", 1.0)):
-        if (buffer := layer._buffers.get(name)) is not None:
+        if (buffer := buffers.get(name)) is not None:
             buffer.view(torch.float16 if buffer.dtype == torch.int16 else torch.float32).fill_(values)
-    if (table := layer._buffers.get("table")) is not None:
+    if (table := buffers.get("table")) is not None:
         table.copy_(torch.linspace(-127, 127, table.shape[1], dtype=torch.float32).round())
     return layer

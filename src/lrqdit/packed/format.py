@@ -149,9 +149,10 @@ class LinearFormat:
         """Inverse of :meth:`to_dict`; unknown, missing or impossible values raise :class:`CheckpointError`."""
         try:
             names = {field.name for field in dataclasses.fields(InputFormat)}
-            shared = {name: value for name, value in values.items() if name in names}
+            shared: dict[str, Any] = {name: value for name, value in values.items() if name in names}
+            shared["factors"] = tuple(shared.get("factors", ()))
             own = {name: value for name, value in values.items() if name not in names}
-            layout = cls(InputFormat(**{**shared, "factors": tuple(shared.get("factors", ()))}), **own)
+            layout = cls(InputFormat(**shared), **own)
             layout.check()
         except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(

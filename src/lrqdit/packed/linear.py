@@ -29,6 +29,7 @@ DTYPES = {  # by safetensors names; their sizes stand in format.DTYPE_BYTES
     "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # pyright: ignore[reportPrivateUsage]: no public name
 
 
 def describe_input(transform: InputTransform, activation_bits: int) -> InputFormat:
@@ -55,13 +56,13 @@ class SharedInput:
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
-        self.entry: tuple[weakref.ref, int, Tokens] | None = None
+        self.entry: tuple[weakref.ref[Tensor], int, Tokens] | None = None
         self.reads_left = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "entry": None}  # copies and pickles leave the codes behind
 
-    def _drop(self, reference: weakref.ref) -> None:
+    def _drop(self, reference: weakref.ref[Tensor]) -> None:
         if self.entry is not None and self.entry[0] is reference:
             self.entry = None
 
@@ -90,6 +91,12 @@ class QuantLinear(nn.Linear):
         device: where the buffers are allocated.
     """
 
+    # nn.Module says Tensor | Module of an attribute, and Tensor | None of a buffer
+    packed: Tensor
+    row_scale_bits: Tensor
+    _dtype_marker: Tensor
+    _buffers: dict[str, Any]
+
     def __init__(self, format: LinearFormat, dtype: torch.dtype = torch.float32, device: Any = None) -> None:
         nn.Module.__init__(self)
         self.format = format
@@ -109,7 +116,7 @@ class QuantLinear(nn.Linear):
     ) -> "QuantLinear":  # fmt: skip
         """Set every buffer. codes (out, in) uint8, table int8, row_scale and bias float32; returns self."""
         rotation, principal = transform.rotation, transform.principal
-        values = {
+        values: dict[str, Any] = {
             "packed": pack(codes, self.format.weight_bits),
             "table": table,
             "row_scale_bits": row_scale.float().view(torch.int32),
@@ -163,18 +170,17 @@ class QuantLinear(nn.Linear):
         """The centring, smoothing, rotation and clip of this layer's input, as views of its buffers."""
         f, t = self.format.input, self.arguments().transform
         rotation = t.build_rotation(self.in_features)
-        principal = self._low_rank("principal")
+        principal = self._low_rank("principal") if f.principal_rank else None
         return InputTransform(rotation, t.input_offset, t.input_scale, f.clip, f.token_levels, principal)
 
-    def _low_rank(self, name: str) -> LowRank | None:
-        if not self.format.input.principal_rank:
-            return None
+    def _low_rank(self, name: str) -> LowRank:
         return LowRank(self._buffers[name], self._buffers[f"{name}_scale_bits"].view(torch.float32))
 
     def dequantize(self) -> Tensor:
         """The weight this layer multiplies with, in the original basis: float32 (out_features, in_features)."""
         weight = self._decode().float() * self.row_scale[:, None]
-        return ops.unfold(self.input_transform, weight, self._low_rank("outlet"))
+        acting = self._low_rank("outlet") if self.format.input.principal_rank else None
+        return ops.unfold(self.input_transform, weight, acting)
 
     def to_linear(self) -> nn.Linear:
         """A dense ``nn.Linear`` that computes the same from unquantized activations."""
@@ -189,13 +195,13 @@ class QuantLinear(nn.Linear):
     def _decode(self) -> Tensor:
         return ops.decode_weight(self.arguments().weight, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]: torch's name is input
         if x.shape[-1] != self.in_features:
             raise ModelError(f"quantized linear: input of shape {tuple(x.shape)} must end in {self.in_features}")
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightThrough.apply(x, self)
         # the first question is the cheap one
-        if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind := x.device.type):
+        if not _is_any_autocast_enabled() or not torch.is_autocast_enabled(kind := x.device.type):
             y = self._compute(x, x.dtype)
         else:
             with torch.autocast(kind, enabled=False):  # it would reach the float products inside the operators
@@ -227,7 +233,7 @@ class QuantLinear(nn.Linear):
             return calls
         outlet = self._low_rank("outlet")
         if has_kernels and principal.kernels_take(rank, x.dtype, out_dtype):
-            return principal.KernelCalls(calls, self._low_rank("principal"), outlet)
+            return principal.KernelCalls(self.calls, self._low_rank("principal"), outlet)
         return principal.TorchCalls(calls, self.input_transform, outlet)
 
     def arguments(self) -> LayerArgs:
@@ -245,7 +251,7 @@ class QuantLinear(nn.Linear):
         weight = WeightArgs(
             self._buffers["packed"],
             self._buffers.get("table"),
-            self._float_view("row_scale_bits", torch.float32),
+            self._buffers["row_scale_bits"].view(torch.float32),
             self._float_view("bias_bits", torch.float32),
             f.weight_bits,
         )
@@ -268,8 +274,8 @@ class _StraightThrough(torch.autograd.Function):
         return layer.forward(x)  # gradients are off in here
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.layer.dequantize().to(gradients[0].dtype), None
 
 
 class WeightStub(torch.Tensor):
@@ -282,7 +288,7 @@ class WeightStub(torch.Tensor):
     )  # fmt: skip
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in cls._ANSWERS:
             return super().__torch_function__(func, types, args, kwargs)
         raise ModelError(
