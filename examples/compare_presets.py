@@ -12,14 +12,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 import lrqdit
-from lrqdit.app.demo import MODEL_FOLDER
+from lrqdit.app.demo import find_model
 
 # a few dozen are better
 PROMPTS = ["snowman", "trophy", "frog face", "red apple", "ferry", "dumpling", "panda face", "popcorn"]
 PRESETS = ["w4a8", "w3a8"]
 STEPS = 4
 
-pipeline = DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else MODEL_FOLDER)
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else find_model())
 pipeline.set_progress_bar_config(disable=True)
 original = pipeline.transformer
 

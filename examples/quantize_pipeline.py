@@ -13,13 +13,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 import lrqdit
-from lrqdit.app.demo import MODEL_FOLDER
+from lrqdit.app.demo import find_model
 
 # a few dozen are better
 PROMPTS = ["snowman", "trophy", "frog face", "red apple", "ferry", "dumpling", "panda face", "popcorn"]
 STEPS = 6
 
-source = sys.argv[1] if len(sys.argv) > 1 else MODEL_FOLDER
+source = sys.argv[1] if len(sys.argv) > 1 else find_model()
 pipeline = DiffusionPipeline.from_pretrained(source)
 pipeline.set_progress_bar_config(disable=True)
 

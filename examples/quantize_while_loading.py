@@ -12,9 +12,9 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 import lrqdit
-from lrqdit.app.demo import MODEL_FOLDER
+from lrqdit.app.demo import find_model
 
-source = Path(sys.argv[1] if len(sys.argv) > 1 else MODEL_FOLDER) / "transformer"  # of a PixArt pipeline
+source = Path(sys.argv[1] if len(sys.argv) > 1 else find_model()) / "transformer"  # of a PixArt pipeline
 original = PixArtTransformer2DModel.from_pretrained(source)
 inputs = {
     "hidden_states": torch.randn(1, original.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)),

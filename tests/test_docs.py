@@ -50,7 +50,10 @@ def test_a_chart_has_a_panel_for_each_setting(tmp_path):
     assert chart.fingerprint(rows) in text and len(re.findall(r'id="axes_\d+"', text)) == 2
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/RESULTS.md", "docs/ARCHITECTURE.md", "docs/GLOSSARY.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/RESULTS.md", "docs/ARCHITECTURE.md", "docs/GLOSSARY.md"],
+)
 def test_links_lead_to_files(name):
     path = script.ROOT / name
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
