@@ -262,7 +262,7 @@ def _start() -> tuple[ctypes.CDLL | None, str]:
     library = load(path)
     if wanted and library.lrq_use_isa(wanted.encode()):
         known = ", ".join(["reference", *instruction_sets(library)])
-        raise KernelError(f"{ENVIRONMENT}={wanted}: {library.lrq_last_error().decode()}; set one of {known}, or none")
+        raise KernelError(f"{ENVIRONMENT}={wanted}: {library.lrq_last_error().decode()}; set {known}, or unset it")
     return library, ""
 
 
