@@ -225,7 +225,7 @@ def three_speeds_table() -> str:
             f"**{step['ratio_to_bf16']:.2f} x** bfloat16 at {step['memory_ratio']:.2f} x its peak memory",
         ),
         (
-            "quantizing (rotation, levels, packing)",
+            "folding, levels and packing alone, a part of quantizing",
             f"{quantize['trellis_weights_per_second'] / 1e6:.0f} million weights a second on a trellis, the default; "
             f"{quantize['weights_per_second'] / 1e6:.0f} without",
         ),

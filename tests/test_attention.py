@@ -29,6 +29,7 @@ def restored(monkeypatch):
     attention.switch("torch")
     attention._is_chosen = False
     yield
+    monkeypatch.undo()  # a test may have taken the library away
     torch.set_num_threads(threads)
     attention.switch(before)
     attention._is_chosen = is_chosen

@@ -385,13 +385,12 @@ def test_run_folder(tmp_path, caplog):
         loaded, read = again.load("part")
         assert read == values and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
         assert again.load("other") is None and again.load_calibration() is None
+        assert not caplog.records
         truncate(tmp_path / "run" / "part.safetensors", -1)
-        with pytest.raises(CheckpointError):
-            again.load("part")
-    assert not caplog.records
+        assert again.load("part") is None and "part.safetensors is damaged and computed again" in caplog.text
     with runs.RunFolder(tmp_path / "run", {"settings": "two", "weights": "w"}) as other:
         assert other.load("part") is None  # emptied
-    assert f"{tmp_path / 'run'}: starts again, because of another settings" in caplog.text
+    assert f"{tmp_path / 'run'}: starts again, because these differ: settings (was one, now two)" in caplog.text
 
 
 def test_one_run_at_a_time(tmp_path):
@@ -412,6 +411,16 @@ def test_one_run_at_a_time(tmp_path):
 
 def with_this_package():
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(lrqdit.__file__).parents[1]), *sys.path])}
+
+
+@pytest.mark.parametrize("content", ["", '{"a', "[]"])
+def test_damaged_marks_of_a_run(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / runs.MARKS_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"marks\.json .*; remove \S+run, an unfinished run, and start again"):
+        runs.RunFolder(tmp_path / "run", {})
+    shutil.rmtree(tmp_path / "run")  # as advised
+    runs.RunFolder(tmp_path / "run", {}).close()
 
 
 def test_run_folder_killed_at_its_start(tmp_path):

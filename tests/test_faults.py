@@ -76,7 +76,7 @@ ADVICE = "reinstall lrqdit, or set LRQDIT_KERNELS=reference to run on torch, slo
 FAULTS = {
     "truncated": rf"\S+ cannot be loaded \(the file is truncated\); {ADVICE}",
     "version": rf"\S+ has interface version 99, this package needs \d+; {ADVICE}",
-    "nonsense": "LRQDIT_KERNELS=nonsense: unknown instruction set nonsense; set one of reference, .*, or none",
+    "nonsense": "LRQDIT_KERNELS=nonsense: unknown instruction set nonsense; set reference, .*, or unset it",
 }
 
 
@@ -100,7 +100,7 @@ def test_the_advice_helps(outputs):
 
 
 def test_misspelt_choices_of_attention_and_gpu_kernels(outputs):
-    lines, advice = outputs["others"].splitlines(), "set one of them or none"
+    lines, advice = outputs["others"].splitlines(), "set one of them, or unset it"
     attention = f"LRQDIT_ATTENTION='flash' is not one of native, torch; {advice}"
     assert {f"CPU attention: {attention}", f"attention: ConfigError: {attention}", "forward: ran"} < {*lines}
     assert f"GPU kernels: LRQDIT_GPU_KERNELS='cuda' is not one of triton, reference; {advice}" in lines

@@ -346,7 +346,7 @@ def test_choice_by_environment(variable, monkeypatch):
 
 def test_choice_of_nonsense(monkeypatch):
     monkeypatch.setenv(native.ENVIRONMENT, "nonsense")
-    with pytest.raises(KernelError, match=r"LRQDIT_KERNELS=nonsense: .*; set one of reference, .*serial, or none$"):
+    with pytest.raises(KernelError, match=r"LRQDIT_KERNELS=nonsense: .*; set reference, .*serial, or unset it$"):
         native._start()
 
 

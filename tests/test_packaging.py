@@ -90,7 +90,7 @@ def test_quantizing_needs_no_triton():
 def test_the_command_line_says_what_is_missing():
     done = run("from lrqdit.app import main; sys.argv = ['lrqdit', 'doctor']; main()", ["typer"])
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == 'error: typer is not installed; pip install "lrqdit[all]" brings it\n'
+    assert done.stderr == 'error: typer is not installed; pip install ".[all]" in a checkout brings it\n'
 
 
 def test_the_console_script_runs(monkeypatch, capsys):

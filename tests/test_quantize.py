@@ -457,3 +457,12 @@ def test_default_dtype_does_not_matter(preset, settings):
             torch.set_default_dtype(torch.float32)
     for digest, y, weight in results[1:]:
         assert digest == results[0][0] and torch.equal(y, results[0][1]) and torch.equal(weight, results[0][2])
+
+
+def test_a_variable_at_fault_is_an_error_before_anything_is_changed(monkeypatch):
+    monkeypatch.setenv("LRQDIT_ATTENTION", "foo")
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="LRQDIT_ATTENTION='foo' is not one of native, torch; set one"):
+        lrqdit.quantize(model, "w4a8", is_calibrated=False)
+    assert_untouched(model, before)

@@ -1,9 +1,10 @@
 """The field as recipes of the same parts: levels, rotation, smoothing, rounding, low rank, grouping.
 
-Each published method is one :class:`Recipe`. They exist to be compared with: :mod:`lrqdit.simulate` computes what their
-layers would compute, in float, and counts the bits they would store. Baselines get their best setting: where a method
-leaves a choice open (a clip, a smoothing exponent), it is searched on the calibration tokens of each layer. The two
-LRQ-DiT modes that this package really packs, ``paper`` and ``auto``, are not here but in :mod:`lrqdit.config`.
+Each published method is one :class:`Recipe`. They exist to be compared with: :mod:`benchmarks.methods.simulate`
+computes what their layers would compute, in float, and counts the bits they would store. Baselines get their best
+setting: where a method leaves a choice open (a clip, a smoothing exponent), it is searched on the calibration tokens of
+each layer. The two LRQ-DiT modes that this package really packs, ``paper`` and ``auto``, are not here but in
+:mod:`lrqdit.config`.
 
 What every recipe shares, and so what none of them is told apart by: which layers are quantized, the calibration data,
 layers kept at 16 bits, dynamic quantization of activations (static ones where a paper has them would be worse).

@@ -1,4 +1,4 @@
-"""Layers of the recipes in :mod:`lrqdit.presets`, simulated: what they compute, in float, and the bits it would take.
+"""Layers of the recipes in :mod:`benchmarks.methods.recipes`, simulated: what they compute, and the bits it would take.
 
 y = T(x) Q^T + (x m) L^T + b with T the smoothing m, the rotation and the rounding of the tokens, Q the rounded weight
 and L the low-rank part. Nothing is packed; :class:`SimulatedReport` counts what would be.

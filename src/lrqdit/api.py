@@ -83,7 +83,9 @@ def quantize(
         NumericalError: for NaN or Inf in weights or calibration activations.
     """
     config = _build_config(preset, settings)
-    native.is_available()  # a library at fault is an error now, not after the calibration
+    # a library or a variable at fault is an error now, not after the calibration
+    native.is_available()
+    attention.why_not_by_default()
     modules, dtypes = _find_modules(target), stored_dtypes or {}
     for name, module in modules.items():
         diffusers_plugin.check_not_quantized(module, name)
@@ -109,7 +111,7 @@ def quantize(
         if resume_folder is not None:
             for name, module in modules.items():
                 marks = describe_run(
-                    module, component=name, settings=config.to_dict(), prompts=list(prompts or []), steps=steps,
+                    module, component=name, **config.to_dict(), prompts=list(prompts or []), steps=steps,
                     guidance_scale=guidance_scale, arguments=arguments, is_calibrated=is_calibrated,
                     stored_dtypes=stored_dtypes,
                 )  # fmt: skip

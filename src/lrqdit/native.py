@@ -30,53 +30,38 @@ _NOT_BUILT = "lrqdit was installed without its native library; install a C++ com
 _pointer = ctypes.c_void_p
 
 
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
 class Matrix(ctypes.Structure):
-    _fields_ = [
-        ("weight", _pointer),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("importance", _pointer),
-    ]
+    _fields_ = [("weight", _pointer), *_fields(ctypes.c_int64, "rows columns"), ("importance", _pointer)]
 
 
 class Transform(ctypes.Structure):
     _fields_ = [
         ("x", _pointer),
-        ("x_type", ctypes.c_int32),
-        ("rotation", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("offset", _pointer),
-        ("scale", _pointer),
+        *_fields(ctypes.c_int32, "x_type rotation"),
+        *_fields(ctypes.c_int64, "rows width"),
+        *_fields(_pointer, "offset scale"),
         ("factors", ctypes.POINTER(ctypes.c_int64)),
         ("matrices", ctypes.POINTER(_pointer)),
         ("factor_count", ctypes.c_int64),
-        ("block1", _pointer),
-        ("block2", _pointer),
-        ("permutation", _pointer),
+        *_fields(_pointer, "block1 block2 permutation"),
     ]
 
 
 class Weight(ctypes.Structure):
     _fields_ = [
-        ("packed", _pointer),
-        ("table", _pointer),
-        ("row_scale", _pointer),
-        ("bias", _pointer),
-        ("out_features", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("table_rows", ctypes.c_int64),
-        ("bits", ctypes.c_int32),
-        ("is_trellis", ctypes.c_int32),
+        *_fields(_pointer, "packed table row_scale bias"),
+        *_fields(ctypes.c_int64, "out_features in_features table_rows"),
+        *_fields(ctypes.c_int32, "bits is_trellis"),
     ]
 
 
 class Principal(ctypes.Structure):
     _fields_ = [
-        ("inlet", _pointer),
-        ("inlet_scale", _pointer),
-        ("outlet", _pointer),
-        ("outlet_scale", _pointer),
+        *_fields(_pointer, "inlet inlet_scale outlet outlet_scale"),
         ("rank", ctypes.c_int64),
         ("coordinates", _pointer),
     ]
@@ -84,9 +69,9 @@ class Principal(ctypes.Structure):
 
 class Attention(ctypes.Structure):
     _fields_ = [
-        *((name, _pointer) for name in ("query", "key", "value", "out", "logsumexp", "mask")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "width")),
-        *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("query", "key", "value", "out", "logsumexp", "mask")),
+        *_fields(_pointer, "query key value out logsumexp mask"),
+        *_fields(ctypes.c_int64, "batch heads queries keys width"),
+        *_fields(ctypes.c_int64 * 3, "query_stride key_stride value_stride out_stride logsumexp_stride mask_stride"),
         ("mask_type", ctypes.c_int32),
         ("scale", ctypes.c_float),
     ]
@@ -277,7 +262,7 @@ def _start() -> tuple[ctypes.CDLL | None, str]:
     library = load(path)
     if wanted and library.lrq_use_isa(wanted.encode()):
         known = ", ".join(["reference", *instruction_sets(library)])
-        raise KernelError(f"{ENVIRONMENT}={wanted}: {library.lrq_last_error().decode()}; set one of {known}, or none")
+        raise KernelError(f"{ENVIRONMENT}={wanted}: {library.lrq_last_error().decode()}; set {known}, or unset it")
     return library, ""
 
 

@@ -17,5 +17,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise
-        print(f'error: {error.name} is not installed; pip install "lrqdit[all]" brings it', file=sys.stderr)
+        print(
+            f'error: {error.name} is not installed; pip install ".[all]" in a checkout brings it',
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -83,6 +83,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a pipeline's transformer. A killed run continues where it was: call it again."""
+    from lrqdit.calibration.runs import locked
     from lrqdit.integrations import pipelines
 
     given = {"mode": mode, "seed": seed, "exclude": tuple(exclude or ()), "average_bits": average_bits}
@@ -91,7 +92,7 @@ def quantize(
     texts = None if prompts is None else read_prompts(prompts)
     pipelines.check_output_folder(out, overwrite)
     partial = out.with_name(f"{out.name}.partial")
-    with _chatter_on_stderr():
+    with _chatter_on_stderr(), locked(out.absolute()):
         source = pipelines.find_folder(model)
         if out.exists() and out.resolve() == source.resolve():
             raise ConfigError(f"{out} is the model itself; name another folder")

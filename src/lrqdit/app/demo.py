@@ -34,8 +34,7 @@ def find_model() -> Path:
     spec = importlib.util.find_spec("lrqdit_demo")
     if spec is None or spec.origin is None:
         raise ModelError(
-            "the demo model is a package of its own and is not installed: pip install ./demo in a checkout of lrqdit, "
-            'or pip install "lrqdit[demo]"'
+            "the demo model is a package of its own and is not installed: pip install ./demo in a checkout of lrqdit"
         )
     return Path(spec.origin).with_name("model")
 

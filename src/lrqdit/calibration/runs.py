@@ -1,11 +1,12 @@
 """The folder of an unfinished run: finished parts, with marks of everything that they depend on."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,19 @@ from lrqdit.packed.format import FORMAT_VERSION
 
 MARKS_FILE = "marks.json"
 _LOG = logging.getLogger("lrqdit")
-CALIBRATION_VERSION = 1  # of what a run keeps for itself
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, by a hidden file beside it; :class:`CheckpointError` if one is in it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout:
+        raise CheckpointError(
+            f"{folder} is in use by another run; wait for it to end, or pass another folder"
+        ) from None
 
 
 class RunFolder:
@@ -42,27 +55,22 @@ class RunFolder:
 
     def __init__(self, folder: str | Path, marks: Mapping[str, str]) -> None:
         self.folder = Path(folder)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"), timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise CheckpointError(
-                f"{self.folder} is in use by another run; wait for it to end, or pass another folder"
-            ) from None
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder))
             self._open(dict(marks))
-        except BaseException:
-            self.close()
-            raise
+            self.close = stack.pop_all().close  # lets others open the folder
 
     def _open(self, marks: dict[str, str]) -> None:
         marker = self.folder / MARKS_FILE
         if marker.exists():
-            found = read_json(marker)
-            if found != marks:
-                changed = sorted(name for name in found.keys() | marks.keys() if found.get(name) != marks.get(name))
-                _LOG.warning("%s: starts again, because of another %s", self.folder, ", ".join(changed))
+            try:
+                found = read_json(marker)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; remove {self.folder}, an unfinished run, and start again") from error
+            differing = sorted(name for name in found.keys() | marks.keys() if found.get(name) != marks.get(name))
+            if differing:
+                what = ", ".join(f"{name} (was {found.get(name)}, now {marks.get(name)})" for name in differing)
+                _LOG.warning("%s: starts again, because these differ: %s", self.folder, what)
                 shutil.rmtree(self.folder)
         elif any(path.name != f"{MARKS_FILE}.partial" for path in self.folder.glob("*")):
             raise CheckpointError(
@@ -70,10 +78,6 @@ class RunFolder:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(marker, lambda path: path.write_text(json.dumps(marks, indent=1), encoding="utf-8"))
-
-    def close(self) -> None:
-        """Let others open the folder."""
-        self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -87,12 +91,17 @@ class RunFolder:
         write_atomically(self.folder / f"{name}.safetensors", lambda path: save_file(tensors, path, metadata))
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What :meth:`save` kept; None if there is nothing, or if it is damaged, with a warning."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             return None
-        check_safetensors(path)
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["values"])
+        try:
+            check_safetensors(path)
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["values"])
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            _LOG.warning("%s is damaged and computed again: %s", path, error)
+            return None
 
     def save_calibration(self, calibration: Calibration) -> None:
         """Keep the calibration of a model."""
@@ -101,20 +110,14 @@ class RunFolder:
         inputs = [tensor for step in calibration.steps for call in step.calls for tensor in call.tensors]
         tensors |= {f"step.{i}": tensor for i, tensor in enumerate(inputs)}
         steps = [
-            {
-                "calls": [(call.structure, len(call.tensors)) for call in step.calls],
-                "weights": step.weights,
-                "shape": step.shape,
-            }
-            for step in calibration.steps
+            {"calls": [(c.structure, len(c.tensors)) for c in s.calls], "weights": s.weights, "shape": s.shape}
+            for s in calibration.steps
         ]
-        values = {"version": CALIBRATION_VERSION, "names": names, "steps": steps, "inputs": len(inputs)}
-        self.save("calibration", tensors, values)
+        self.save("calibration", tensors, {"names": names, "steps": steps, "inputs": len(inputs)})
 
     def load_calibration(self) -> Calibration | None:
         """The calibration kept by :meth:`save_calibration`, or None."""
-        found = self.load("calibration")
-        if found is None or found[1].get("version") != CALIBRATION_VERSION:
+        if (found := self.load("calibration")) is None:
             return None
         tensors, values = found
         left = iter([tensors.pop(f"step.{i}") for i in range(values["inputs"])])
@@ -130,11 +133,8 @@ class RunFolder:
         for key, tensor in tensors.items():
             index, leaf = key.split(".", 1)
             parts[int(index)][leaf] = tensor
-        groups = [
-            InputGroup(names, ActivationStats.from_tensors(part))
-            for names, part in zip(values["names"], parts, strict=True)
-        ]
-        return Calibration(groups, steps)
+        stats = map(ActivationStats.from_tensors, parts)
+        return Calibration([InputGroup(*pair) for pair in zip(values["names"], stats, strict=True)], steps)
 
 
 def describe_run(module: nn.Module, **values: Any) -> dict[str, str]:

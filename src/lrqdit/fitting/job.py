@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from lrqdit.calibration.runs import RunFolder
 from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.calibration.steps import Calibration
 from lrqdit.config import QuantizationConfig
-from lrqdit.errors import ModelError
+from lrqdit.errors import LrqditError, ModelError, first_line
 from lrqdit.fitting.bits import Probe, Rest, at_every_width, choose_bits, estimate
 from lrqdit.fitting.compensate import measure_curvature
 from lrqdit.fitting.layer import FittedInput, LinearLike, quantize_linear, quantize_without_data
@@ -24,6 +25,7 @@ from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
 
+_LOG = logging.getLogger("lrqdit")
 Fitted = tuple[dict[str, QuantLinear], GroupReport]
 
 
@@ -114,8 +116,11 @@ class Job:
     def _keep(self, key: str, part: Part, compute: Callable[[], Fitted]) -> Fitted:
         """What ``compute`` returns, or what an earlier run kept under ``key``."""
         kept = self.folder.load(key) if self.folder else None
-        if kept:
-            return _restore(part.names, *kept)
+        try:
+            if kept:
+                return _restore(part.names, *kept)
+        except (LrqditError, KeyError, TypeError, RuntimeError) as error:
+            _LOG.warning("%s is damaged and computed again: %s", key, first_line(error))
         layers, report = compute()
         if self.folder:
             tensors = {f"{n}:{k}": t for n, layer in layers.items() for k, t in layer.state_dict().items()}

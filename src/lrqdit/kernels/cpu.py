@@ -137,11 +137,11 @@ def _multiply_codes(
     weight: native.Weight, tokens: Tokens, out_dtype: torch.dtype, principal: native.Principal | None = None
 ) -> Tensor:
     """The product of contiguous tokens."""
-    codes, rows = tokens.codes, len(tokens.codes)
+    codes, rows = tokens.codes, tokens.codes.shape[0]
     out = _empty_output(rows, weight, out_dtype)
     last = principal, TYPE_CODES[out.dtype], torch.get_num_threads(), out.data_ptr()
     native.call_plain("lrq_quantized_linear", weight, rows, codes.data_ptr(), tokens.scale.data_ptr(), *last)
-    return out.to(out_dtype)
+    return out if out.dtype == out_dtype else out.to(out_dtype)
 
 
 def _weight_only_linear(x: Tensor, transform: TransformArgs, weight: WeightArgs, out_dtype: torch.dtype) -> Tensor:
@@ -153,10 +153,11 @@ def _weight_only_linear(x: Tensor, transform: TransformArgs, weight: WeightArgs,
 
 def _multiply_floats(weight: native.Weight, x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """The product of float32 tokens, contiguous."""
-    out = _empty_output(len(x), weight, out_dtype)
+    rows = x.shape[0]
+    out = _empty_output(rows, weight, out_dtype)
     last = TYPE_CODES[out.dtype], torch.get_num_threads(), out.data_ptr()
-    native.call_plain("lrq_weight_only_linear", weight, len(x), x.data_ptr(), *last)
-    return out.to(out_dtype)
+    native.call_plain("lrq_weight_only_linear", weight, rows, x.data_ptr(), *last)
+    return out if out.dtype == out_dtype else out.to(out_dtype)
 
 
 def _empty_output(rows: int, weight: native.Weight, out_dtype: torch.dtype) -> Tensor:

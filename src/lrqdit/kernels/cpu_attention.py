@@ -143,7 +143,7 @@ def why_not_by_default() -> str:
     """
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted not in ("", *CHOICES):
-        raise ConfigError(f"{ENVIRONMENT}={wanted!r} is not one of {', '.join(CHOICES)}; set one of them or none")
+        raise ConfigError(f"{ENVIRONMENT}={wanted!r} is not one of {', '.join(CHOICES)}; set one of them, or unset it")
     if wanted == "torch":
         return f"{ENVIRONMENT}=torch"
     why = why_torch()

@@ -39,7 +39,7 @@ def read_choice() -> str:
     """The value of LRQDIT_GPU_KERNELS, "" if it is not set; ConfigError if it is none of KERNELS."""
     wanted = os.environ.get(OVERRIDE, "")
     if wanted not in ("", *KERNELS):
-        raise ConfigError(f"{OVERRIDE}={wanted!r} is not one of {', '.join(KERNELS)}; set one of them or none")
+        raise ConfigError(f"{OVERRIDE}={wanted!r} is not one of {', '.join(KERNELS)}; set one of them, or unset it")
     return wanted
 
 

@@ -6,8 +6,7 @@ tokens by torch, before the operators, and adds what the weight makes of it afte
 native kernels do both inside.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,11 @@ from lrqdit.kernels.ops import Tokens
 from lrqdit.numerics.principal import LowRank, split
 from lrqdit.numerics.tokens import InputTransform
 
+# the buffers of a layer that the native kernels read: U^T and C, each with the scales of its rows
+BUFFERS = ("principal", "principal_scale_bits", "outlet", "outlet_scale_bits")
 
-@dataclass(frozen=True)
-class TorchCalls:
+
+class TorchCalls(NamedTuple):
     """Products of torch around the calls; ``outlet`` is C."""
 
     calls: Any
@@ -51,17 +52,17 @@ class TorchCalls:
         return y.addmm_(coordinates.to(y.dtype), self.outlet.values.to(y.dtype))
 
 
-@dataclass(frozen=True)
-class KernelCalls:
+class KernelCalls(NamedTuple):
     """The native kernels' own: of bfloat16 tokens and outputs, where :func:`kernels_take` the rank."""
 
     calls: cpu.LayerCalls
-    directions: LowRank
-    outlet: LowRank
+    rank: int
+    addresses: list[int]  # of BUFFERS
 
     def quantize_tokens(self, x: Tensor) -> Tokens:
         principal, coordinates = self._describe(x.numel() // x.shape[-1])
-        return self.calls.quantize_tokens(x, principal)._replace(coordinates=coordinates)
+        codes, scale, _ = self.calls.quantize_tokens(x, principal)
+        return Tokens(codes, scale, coordinates)
 
     def quantized_linear(self, tokens: Tokens, out_dtype: torch.dtype) -> Tensor:
         principal, _kept = self._describe(len(tokens.codes), tokens.coordinates)
@@ -69,19 +70,16 @@ class KernelCalls:
 
     def linear(self, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tokens]:
         principal, coordinates = self._describe(x.numel() // x.shape[-1])
-        y, tokens = self.calls.linear(x, out_dtype, principal)
-        return y, tokens._replace(coordinates=coordinates)
+        y, (codes, scale, _) = self.calls.linear(x, out_dtype, principal)
+        return y, Tokens(codes, scale, coordinates)
 
     def _describe(self, rows: int, coordinates: Tensor | None = None) -> tuple[native.Principal, Tensor]:
         """The C structure, and the coordinates that it points to: those given, or new memory."""
-        rank = len(self.directions.codes)
         if coordinates is None:
-            coordinates = torch.empty(rows, rank + rank % 2, dtype=torch.bfloat16)
+            coordinates = torch.empty(rows, self.rank + self.rank % 2, dtype=torch.bfloat16)
         elif coordinates.shape[1] % 2:  # torch's
             coordinates = F.pad(coordinates, (0, 1))
-        inlet, outlet = self.directions, self.outlet
-        parts = (part.data_ptr() for part in (inlet.codes, inlet.scale, outlet.codes, outlet.scale))
-        return native.Principal(*parts, rank, coordinates.data_ptr()), coordinates
+        return native.Principal(*self.addresses, self.rank, coordinates.data_ptr()), coordinates
 
 
 def kernels_take(rank: int, x_dtype: torch.dtype, out_dtype: torch.dtype) -> bool:

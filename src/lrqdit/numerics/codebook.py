@@ -4,43 +4,45 @@ A codebook is a table of int8 levels t, one for the layer or one per row, and on
 
     ŵ[i, j] = s[i] · t[i or 0, code[i, j]]
 
-The int8 table *is* the quantizer: what is searched, measured, saved and run are the same numbers.
+The search, the measured errors, the checkpoint and the kernels all use this int8 table; there is no finer one.
 
-**Twin-Log levels** (LRQ-DiT, arXiv 2508.03485). The weights of each sign, the twin halves, have their own geometric
-ladder, shifted by η. With n = 2**(bits - 1) levels in a half, q = 0 ... n - 1,
+**Twin-Log levels** (LRQ-DiT, arXiv 2508.03485). The positive and the negative weights, the twin halves, each have a
+geometric ladder of levels, shifted by η. A half has n = 2**(bits - 1) levels, q = 0 ... n - 1:
 
     level[q] = 2^(σ (q + z)) - η = (lo + η) · ((hi + η) / (lo + η))^(q / (n - 1)) - η,
 
-so a scale σ and a zero point z are the same two numbers as a lowest level lo and a highest level hi, the clip. Levels
-evenly spaced in log(|w| + η) are μ-law companding with μ = 1/η, for |w| up to 1: η → 0 gives powers of a base, η → ∞ a
-uniform grid. Unlike telephony's μ-law, the lowest level is free.
+The paper's scale σ and zero point z say the same as a lowest level lo and a highest level hi (the clip), which are used
+here. The levels are evenly spaced in log(|w| + η). That is μ-law companding with μ = 1/η, for |w| up to 1, except that
+the lowest level is free. A small η gives powers of a base, a large η a uniform grid.
 
-**The histogram.** A row is divided by its root mean square r, and u = w / r is counted in 2·BINS bins that are even in
-u / (1 + |u|): fine near zero, and endless. A bin keeps its mass Σ d and its moment Σ d·u, with d[j] the importance of
-column j (1, or the diagonal of a Hessian). A table for the layer is fitted to the sum of the rows' histograms, each
-times r², so that every row counts by its energy.
+**The histogram.** A row is divided by its root mean square r, and the values u = w / r are counted in 2·BINS bins. The
+bins are equally wide in u / (1 + |u|), so they are fine near zero and cover all numbers. With d[j] the importance of
+column j (1, or the diagonal of a Hessian), a bin stores its mass Σ d and its moment Σ d·u. One table for the whole
+layer is fitted to the sum of the rows' histograms, each times r², so that a row counts by its energy.
 
-**The error of ascending levels l** follows from the mass A(θ) and the moment M(θ) below a threshold θ. With
-C(θ) = θ·A(θ) - M(θ), and up to the constant Σ d·u²,
+**The error of ascending levels l** can be read from a histogram. Let A(θ) be the mass and M(θ) the moment below a
+threshold θ, and C(θ) = θ·A(θ) - M(θ). Up to the constant Σ d·u² the error is
 
     E(l) = l[n-1]² A(∞) - 2 l[n-1] M(∞) - 2 Σ_k (l[k+1] - l[k]) · C((l[k] + l[k+1]) / 2).
 
-**The search** minimizes E over (lo, hi, η) of each half: a coarse grid, then ZOOMS times the 27 neighbours of the best
-point, the steps shrinking by ZOOM each time. The levels are scaled so that the largest becomes 127, and rounded; no two
-coincide. Given that table, each row's scale is searched on the row's own histogram, again with E, coarsely and twice
-more finely, and polished by exact encoding and least squares, s = Σ d·w·t / Σ d·t², where that is better.
+**The search** minimizes E over (lo, hi, η) of each half. It evaluates a coarse grid, then ZOOMS times the best point
+and its 26 neighbours, with steps that shrink by the factor ZOOM. The levels are scaled so that the largest becomes 127,
+and rounded; levels that would coincide are moved apart. Then each row's scale is searched for this table, with E on the
+row's own histogram: coarsely, and twice more finely. Last, the row is encoded exactly and the least-squares scale of
+these codes, s = Σ d·w·t / Σ d·t², is taken where it is better.
 
-**What the paper's released code does, and this avoids.** (1) It puts a weight of the other sign at 0 in log space, that
-is at magnitude 1, which decides the range of both halves: here a half sees its own entries only. (2) Its negative half
-clamps to 2**(bits - 1), one code too many, nine levels at "3 bits": here there are exactly 2**bits. (3) Its η is
-absolute, from one grid for all: here lo, hi and η are relative to the row, so a constant times the weights is the same
-constant times the scales. Other deviations from the paper: zeros count in the positive half; a half without entries
-takes the other half's levels; levels are int8 instead of an integer shift and a fixed-point residue.
+**Errors of the paper's released code that are avoided here.** (1) It gives a weight of the other sign the value 0 in
+log space, which is magnitude 1, and that decides the range of both halves. Here a half sees its own weights only. (2)
+Its negative half clamps to 2**(bits - 1), one code too many: nine levels at "3 bits". Here there are exactly 2**bits.
+(3) Its η is an absolute number from one grid for all layers. Here lo, hi and η are relative to the row, so weights that
+are twice as large get scales that are twice as large and the same codes. Other deviations from the paper: zeros count
+in the positive half; a half without weights takes the other half's levels; levels are int8 instead of an integer shift
+and a fixed-point residue.
 
 **The same bits everywhere.** The numpy code here is the reference. The native library (csrc/fit.h) counts, searches
-scales and encodes by the same operations in the same order, so that the result is the same with or without it, on every
-instruction set and for any number of threads. That is why sums have a fixed order (over a row in LANES lanes, over rows
-in blocks and parts), and why exp and log are left to numpy.
+scales and encodes by the same operations in the same order, so the result is the same with or without it, on every
+instruction set and for any number of threads. For this reason sums have a fixed order (over a row in LANES lanes, over
+rows in blocks and parts), and exp and log are computed by numpy alone.
 """
 
 from collections.abc import Callable

@@ -1,21 +1,21 @@
-"""Trellis-coded levels: twice as many levels as the bits of a code can name, and a path through them for each column.
+"""Trellis-coded levels: a code of b bits chooses among 2**b levels, and earlier codes decide which 2**b of 2**(b + 1).
 
-In trellis-coded quantization (Marcellin and Fischer, 1990) the 2**(bits + 1) levels of a table, in ascending order,
-take turns in four subsets, and a convolutional code decides which two of the subsets a code may choose from. The code
-used here is Ungerboeck's with 64 states (IEEE Trans. Inf. Theory 28, 1982; parity polynomials 103 and 024), in
-feedforward form, where a level depends on a few earlier codes and on no state:
+This is trellis-coded quantization (Marcellin and Fischer, 1990). The table of a layer has 2**(bits + 1) levels in
+ascending order, dealt in turn to four subsets. A convolutional code decides which two of the four subsets the next code
+may choose from. Here it is Ungerboeck's code with 64 states (IEEE Trans. Inf. Theory 28, 1982; parity polynomials 103
+and 024 in octal). It is written in feedforward form: a level depends on its own code and on the codes 1, 2, 4 and 6
+steps before, not on a state that a decoder would have to carry along:
 
     level[n] = table[2 · (c[n] ^ ((c[n-1] ^ c[n-6]) & 1)) + ((c[n-2] ^ c[n-4]) & 1)],      c[n] = 0 for n < 0.
 
-The path runs over the **output channels** n of one input column. So a decoder needs the codes of the six channels
-before its own and nothing else, and GPTQ, which rounds a weight column by column and treats its rows alike, compensates
-as with any other levels: a column is the vector that it rounds at once. Of Gaussian weights the squared error is .0842,
-.0228, .0062 and .0017 at 2, 3, 4 and 5 bits, where the best scalar levels (Lloyd-Max) leave .1175, .0345, .0095 and
-.0025.
+The steps n of a path are the **output channels** of one input column. Two things follow. A decoder that wants some
+channels needs the six channels before them and nothing else. And GPTQ, which rounds a weight one column after another,
+rounds a whole path at a time, so its feedback from column to column stays exact.
 
-:func:`encode` finds the path of the least squared error Σ (w - scale · level)² in each column by the Viterbi algorithm.
-Its costs are float32, and their additions have one order, so that the native search (csrc/trellis.h) gives the same
-codes.
+:meth:`TrellisCodebook.encode` finds, for each column, the path with the least squared error Σ (w - scale · level)², by
+the Viterbi algorithm. The costs are float32 and are added in a fixed order, so that the native search (csrc/trellis.h)
+gives the same codes. The relative squared error on Gaussian weights is .0816, .0228 and .0063 at 2, 3 and 4 bits; the
+best levels without a trellis (Lloyd-Max) leave .1172, .0343 and .0092 (benchmarks/quality/bench_levels.py).
 """
 
 import dataclasses
@@ -61,7 +61,10 @@ class TrellisCodebook(Codebook):
 
 
 def level_index(codes: Tensor) -> Tensor:
-    """Which level of the table each code stands for: uint8 codes (out, columns) -> int32 (out, columns)."""
+    """Which level of the table each code stands for: uint8 codes (out, columns) -> int32 (out, columns).
+
+    Row 0 counts as channel 0. A caller that starts at a later channel passes HISTORY rows more and drops their results.
+    """
     padded = torch.nn.functional.pad(codes, (0, 0, HISTORY, 0))
 
     def earlier(channels: int) -> Tensor:
@@ -74,9 +77,9 @@ def level_index(codes: Tensor) -> Tensor:
 def expand(levels: Codebook, weight: Tensor) -> TrellisCodebook:
     """Double the levels of a scalar codebook, fitted to ``weight`` (out, in), into those of a trellis.
 
-    Each level is split in two, a quarter of the way to its neighbours. Then, FIT_STEPS times, the levels move to the
-    mean of the weights that the best paths give them (Lloyd's iteration), in some columns: at least FIT_WEIGHTS
-    weights, and FIT_COLUMNS columns.
+    Each level becomes two, which lie a quarter of the way to its neighbours. Then Lloyd's iteration runs FIT_STEPS
+    times: it finds the best paths and moves every level to the mean of the weights that the paths assign to it. A
+    sample of columns is enough: FIT_COLUMNS at least, and so many that they hold FIT_WEIGHTS weights.
 
     Raises:
         ConfigError: for more than 5 bits, or a table per row.

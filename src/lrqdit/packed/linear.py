@@ -231,10 +231,10 @@ class QuantLinear(nn.Linear):
         calls = self.calls if has_kernels else self.arguments()
         if not (rank := self.format.input.principal_rank):
             return calls
-        outlet = self._low_rank("outlet")
         if has_kernels and principal.kernels_take(rank, x.dtype, out_dtype):
-            return principal.KernelCalls(self.calls, self._low_rank("principal"), outlet)
-        return principal.TorchCalls(calls, self.input_transform, outlet)
+            buffers = [getattr(self, name) for name in principal.BUFFERS]
+            return principal.KernelCalls(self.calls, rank, [buffer.data_ptr() for buffer in buffers])
+        return principal.TorchCalls(calls, self.input_transform, self._low_rank("outlet"))
 
     def arguments(self) -> LayerArgs:
         """What the operators are told of this layer, as views of its buffers."""
