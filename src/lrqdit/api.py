@@ -123,9 +123,8 @@ def quantize(
                 target, config, prompts=prompts, forward_loop=forward_loop, steps=steps, guidance_scale=guidance_scale,
                 arguments=arguments, show_progress=show_progress,
             )  # fmt: skip
-            for name, folder in folders.items():
-                if name not in kept:
-                    folder.save_calibration(observed[name])
+            for name, folder in folders.items() if observed is not kept else ():
+                folder.save_calibration(observed[name])
         calibrated = time.monotonic()
         reports: list[GroupReport] = []
         # nothing is replaced before everything is fitted: a failed run leaves the model as it was
