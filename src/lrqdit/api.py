@@ -24,6 +24,7 @@ from lrqdit.fitting.layer import check_finite
 from lrqdit.fitting.reports import CalibrationReport, GroupReport
 from lrqdit.integrations import diffusers as diffusers_plugin
 from lrqdit.integrations.generation import pipeline_loop
+from lrqdit.integrations.records import Record, check_records
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.models import PIPELINE_COMPONENTS
 from lrqdit.models import registry as models
@@ -41,7 +42,7 @@ def quantize(
     target: nn.Module | DiffusionPipeline,
     preset: str | QuantizationConfig = "w4a8",
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | Mapping[str, Any]] | None = None,
     forward_loop: Callable[[Any], object] | None = None,
     is_calibrated: bool = True,
     steps: int | None = None,
@@ -58,7 +59,10 @@ def quantize(
     Args:
         target: a diffusers pipeline (its ``transformer`` and ``transformer_2``) or a module.
         preset: such as ``"w4a8"``, or a whole :class:`QuantizationConfig`.
-        prompts: calibration prompts, for a pipeline; 32 of our own if neither these nor ``forward_loop`` is given.
+        prompts: calibration prompts, for a pipeline; 32 of our own if neither these nor ``forward_loop`` is given. Each
+            is a text, or a dictionary of arguments of the pipeline's call, with a ``prompt`` and, where the pipeline
+            takes pictures, paths of files or pictures under their arguments' names: ``{"prompt": "make it snow",
+            "image": "house.png"}``. ``seed`` sets the noise.
         forward_loop: called once with ``target``; runs whatever shall be observed. Required for a plain module.
         is_calibrated: False quantizes without data: Hadamard rotations, no smoothing, no centring.
         steps, guidance_scale: of the calibration's denoising loop; the pipeline's own defaults if None.
@@ -98,7 +102,7 @@ def quantize(
         for name in modules:
             check_budget(layers[name], plans[name], rests[name], config)
     if is_calibrated and calibration is None and forward_loop is None:
-        prompts = _check_prompts(target, prompts)
+        prompts = _check_prompts(target, prompts, arguments)
     for name, plan in plans.items():
         for layer_name, treatment in plan.items():
             if treatment != models.KEPT:
@@ -186,7 +190,7 @@ def observe(
     target: nn.Module | DiffusionPipeline,
     preset: str | QuantizationConfig = "w4a8",
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | Mapping[str, Any]] | None = None,
     forward_loop: Callable[[Any], object] | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -218,7 +222,7 @@ def observe(
         for name, module in modules.items()
     }
     if forward_loop is None:
-        prompts = _check_prompts(target, prompts)
+        prompts = _check_prompts(target, prompts, arguments)
         every = min(math.ceil(len(prompts) / batch_size), HELD_OUT_EVERY)
 
         def hold_out(index: int) -> None:
@@ -242,14 +246,13 @@ def observe(
     return {name: Calibration(observer.groups(), recorders[name].steps()) for name, observer in observers.items()}
 
 
-def _check_prompts(target: Any, prompts: Sequence[str] | None) -> list[str]:
-    """The calibration prompts: those given, or ours."""
+def _check_prompts(
+    target: Any, prompts: Sequence[str | Mapping[str, Any]] | None, arguments: Mapping[str, Any] | None
+) -> list[Record]:
+    """The calibration's records: those given, or our prompts."""
     if not isinstance(target, DiffusionPipeline):
         raise ModelError(
             f"quantize: a {type(target).__name__} is not a pipeline, so lrqdit cannot run it; pass forward_loop, a "
             "function that runs it on your data, or is_calibrated=False"
         )
-    prompts = list(CALIBRATION_PROMPTS if prompts is None else prompts)
-    if not prompts:
-        raise ConfigError("quantize: the list of calibration prompts is empty; pass at least one, better 32")
-    return prompts
+    return check_records(target, CALIBRATION_PROMPTS if prompts is None else prompts, arguments)

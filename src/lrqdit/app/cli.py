@@ -42,7 +42,8 @@ app = typer.Typer(
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's default if not given.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default if not given.")]
 Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
-Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt per line; # starts a comment.")]
+PROMPTS = "One prompt per line, or one JSON object: a prompt, and paths of pictures where the pipeline takes some."
+Prompts = Annotated[Path | None, typer.Option(help=PROMPTS)]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU, bfloat16 elsewhere.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a CUDA device if there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
@@ -69,13 +70,15 @@ def quantize(
     average_bits: Annotated[
         float | None, typer.Option(help="True bits per parameter in all, instead of what --bits in every layer takes.")
     ] = None,
-    prompts: Prompts = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", "--calibration", help=PROMPTS)] = None,
     mode: Annotated[str, typer.Option(help=f"One of {', '.join(MODES)}.")] = "auto",
     steps: Steps = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Regular expression of layers to keep; repeatable.")] = None,
-    calibration: Annotated[bool, typer.Option(help="Observe the model on the prompts.")] = True,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Quantize without running the model.")
+    ] = False,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, key=value; repeatable.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pipeline in the output folder.")] = False,
     dtype: Dtype = None,
@@ -85,11 +88,12 @@ def quantize(
     """Quantize a pipeline's transformer. A killed run continues where it was: call it again."""
     from lrqdit.calibration.runs import locked
     from lrqdit.integrations import pipelines
+    from lrqdit.integrations.records import read_records
 
     given = {"mode": mode, "seed": seed, "exclude": tuple(exclude or ()), "average_bits": average_bits}
     settings = {**given, **_parse_settings(setting or [])}
     config = QuantizationConfig.from_name(bits, **settings)
-    texts = None if prompts is None else read_prompts(prompts)
+    records = None if prompts is None else read_records(prompts)
     pipelines.check_output_folder(out, overwrite)
     partial = out.with_name(f"{out.name}.partial")
     with _chatter_on_stderr(), locked(out.absolute()):
@@ -98,8 +102,8 @@ def quantize(
             raise ConfigError(f"{out} is the model itself; name another folder")
         pipeline = pipelines.load_pipeline(source, dtype, device)
         result = lrqdit.quantize(
-            pipeline, config, prompts=texts, is_calibrated=calibration, steps=steps, guidance_scale=guidance_scale,
-            resume_folder=partial, stored_dtypes=pipelines.stored_dtypes(source),
+            pipeline, config, prompts=records, is_calibrated=not no_calibration, steps=steps,
+            guidance_scale=guidance_scale, resume_folder=partial, stored_dtypes=pipelines.stored_dtypes(source),
         )  # fmt: skip
         pipelines.save_quantized(pipeline, result, source, out)
         shutil.rmtree(partial, ignore_errors=True)
@@ -144,6 +148,9 @@ def generate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pipeline, quantized or not.")],
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     out: Annotated[Path, typer.Option(help="File to write; a video becomes an animated .gif.")] = Path("picture.png"),
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture that the pipeline starts from; repeatable if it takes several.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels.")] = None,
@@ -153,15 +160,16 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate a picture (or a video) from a text."""
+    """Generate a picture (or a video) from a text, and from pictures if the pipeline takes some."""
     from diffusers.utils import export_to_gif
 
     from lrqdit.integrations import generation, pipelines
 
     with _chatter_on_stderr():
         pipeline = pipelines.load_pipeline(folder, dtype, device)
+        record = {"prompt": prompt} | ({"image": image[0] if len(image) == 1 else image} if image else {})
         sample = generation.generate_images(
-            pipeline, [prompt], seed, steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
+            pipeline, [record], seed, steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
             height=height, width=width,
         )[0]  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -193,9 +201,11 @@ def evaluate(
     """Compare a quantized pipeline with its original, on the same prompts and the same noise."""
     from lrqdit.evaluation import metrics, pages, tables
     from lrqdit.integrations import generation, pipelines
+    from lrqdit.integrations.records import read_records
 
-    texts = list(EVALUATION_PROMPTS) if prompts is None else read_prompts(prompts)
-    texts = [texts[i % len(texts)] for i in range(images or len(texts))]
+    given = [{"prompt": text} for text in EVALUATION_PROMPTS] if prompts is None else read_records(prompts)
+    records = [given[i % len(given)] for i in range(images or len(given))]
+    texts = [record["prompt"] for record in records]
     sources, samples, true_bits, widths = {}, {}, {}, Counter[int]()
     with _chatter_on_stderr():
         for role, source in (("reference", reference), ("candidate", folder)):
@@ -203,7 +213,7 @@ def evaluate(
         for role, source in sources.items():  # one after the other: two large models need not fit together
             pipeline = pipelines.load_pipeline(source, dtype, device)
             samples[role] = generation.generate_images(
-                pipeline, texts, seed, steps=steps, guidance_scale=guidance_scale, description=role
+                pipeline, records, seed, steps=steps, guidance_scale=guidance_scale, description=role
             )
             denoisers = pipelines.denoisers(pipeline)
             true_bits[role] = lrqdit.measure_size(denoisers).true_bits
@@ -334,22 +344,6 @@ def _print_table(rows: list[dict[str, Any]], columns: Sequence[str], title: str 
     from lrqdit.evaluation.tables import build_table
 
     Console(width=width).print(build_table(rows, columns, title or None))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file: one per line, without empty lines and # comments.
-
-    Raises:
-        ConfigError: if the file cannot be read or has no prompt.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts file {path} cannot be read: {error}") from error
-    texts = [line for line in lines if line and not line.startswith("#")]
-    if not texts:
-        raise ConfigError(f"prompts file {path} has no prompt; write one per line")
-    return texts
 
 
 def _describe_widths(widths: Counter[int]) -> str:

@@ -1,6 +1,8 @@
 """The folder of an unfinished run: finished parts, with marks of everything that they depend on."""
 
 import contextlib
+import dataclasses
+import enum
 import hashlib
 import json
 import logging
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from lrqdit.calibration.statistics import ActivationStats, InputGroup
 from lrqdit.calibration.steps import Calibration, Call, Step
-from lrqdit.errors import CheckpointError
+from lrqdit.errors import CheckpointError, ConfigError
 from lrqdit.packed.files import check_safetensors, read_json, write_atomically
 from lrqdit.packed.format import FORMAT_VERSION
 
@@ -142,7 +144,11 @@ def describe_run(module: nn.Module, **values: Any) -> dict[str, str]:
 
     Args:
         module: every byte of its state dict is hashed (SHA-256, about a second for each gigabyte).
-        values: JSON values by name; long ones are hashed.
+        values: by name; JSON values, tensors, arrays, pictures, generators, data classes and paths of files, of which
+            every byte is hashed.
+
+    Raises:
+        ConfigError: for a value that cannot be compared with that of another run, such as a function.
     """
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
@@ -150,9 +156,35 @@ def describe_run(module: nn.Module, **values: Any) -> dict[str, str]:
             continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+    texts = {name: _describe(name, value) for name, value in values.items()}
     hashed = {
         name: text if len(text) < 80 else hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
     }
     return {"lrqdit version": sys.modules["lrqdit"].__version__, "format version": str(FORMAT_VERSION), **hashed,
             "model's weights": digest.hexdigest()}  # fmt: skip
+
+
+def _describe(name: str, value: Any) -> str:
+    """JSON that is the same for equal values alone."""
+
+    def identify(part: Any) -> Any:
+        if isinstance(part, Path):
+            return hashlib.sha256(part.read_bytes()).hexdigest()
+        if isinstance(part, torch.Generator):
+            part = part.get_state()
+        if isinstance(part, Tensor):
+            data = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            return ["tensor", str(part.dtype), list(part.shape), hashlib.sha256(data).hexdigest()]
+        if hasattr(part, "tobytes"):  # arrays, and PIL's pictures
+            kind = [str(getattr(part, key, "")) for key in ("dtype", "shape", "mode", "size")]
+            return [*kind, hashlib.sha256(part.tobytes()).hexdigest()]
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            return {type(part).__name__: {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}}
+        if isinstance(part, torch.dtype | torch.device | enum.Enum):
+            return str(part)
+        raise ConfigError(
+            f"resume_folder: {name} holds a {type(part).__name__}, which cannot be compared with that of another run; "
+            "leave out one of the two"
+        )
+
+    return json.dumps(value, sort_keys=True, default=identify)

@@ -1,6 +1,5 @@
 """A pipeline run on prompts: one picture at a time, with seeds of its own, or without its decoder."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +13,15 @@ from tqdm.auto import tqdm
 
 from lrqdit.calibration.steps import watched_scheduler
 from lrqdit.errors import LrqditError, ModelError, first_line
+from lrqdit.integrations.records import (
+    Record,
+    batches,
+    call_parameters,
+    check_records,
+    load_pictures,
+    picture_arguments,
+    warn_without_pictures,
+)
 from lrqdit.models import registry as models
 
 
@@ -39,7 +47,7 @@ class Sample:
 
 def generate_images(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Mapping[str, Any]],
     seeds: Sequence[int] | int = 0,
     *,
     steps: int | None = None,
@@ -53,9 +61,9 @@ def generate_images(
     """Generate one picture (or video) per prompt, each in a batch of its own.
 
     Args:
-        pipeline: a text-to-image or text-to-video pipeline.
-        prompts: any number of them.
-        seeds: one per prompt, or the first of consecutive ones.
+        pipeline: of diffusers, for pictures or videos.
+        prompts: any number of them; records (:mod:`lrqdit.integrations.records`) where it takes pictures.
+        seeds: one per prompt, or the first of consecutive ones; a record's own seed comes before.
         steps, guidance_scale, negative_prompt, height, width: the pipeline's own defaults if None.
         show_progress: bars on stderr, over prompts and over denoising steps.
         description: of the bar over prompts.
@@ -71,10 +79,13 @@ def generate_images(
     is_single = len(prompts) == 1
     bars = {"disable": not show_progress, "leave": is_single}
     samples = []
-    pairs = list(zip(prompts, chosen, strict=True))
-    for prompt, seed in tqdm(pairs, description, disable=is_single or not show_progress):
-        output, latents = call_pipeline(pipeline, [prompt], [seed], given, progress=bars)
-        samples.append(Sample(prompt, seed, _frames(output), latents))
+    pairs = list(zip(check_records(pipeline, prompts, None), chosen, strict=True))
+    for record, seed in tqdm(pairs, description, disable=is_single or not show_progress):
+        seed = record.get("seed", seed)
+        output, latents = call_pipeline(
+            pipeline, [record["prompt"]], [seed], {**given, **own(pipeline, record)}, progress=bars
+        )
+        samples.append(Sample(record["prompt"], seed, _frames(output), latents))
     return samples
 
 
@@ -85,7 +96,7 @@ def call_pipeline(
     """Call a pipeline once, on a batch of prompts with noise of their own.
 
     Args:
-        pipeline: a text-to-image or text-to-video pipeline.
+        pipeline: of diffusers, that takes prompts.
         prompts, seeds: of the batch.
         given: further arguments by name; those that are None are left out.
         output_type: ``latent`` stops before the decoder.
@@ -98,15 +109,17 @@ def call_pipeline(
         ModelError: if the pipeline lacks an argument that was given, refuses its value, or takes no step.
     """
     kind, given = type(pipeline).__name__, {name: value for name, value in given.items() if value is not None}
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = call_parameters(pipeline)
     for name in ("prompt", *given):
         if name not in accepted:
             raise ModelError(f"{kind} takes no {name}; lrqdit generates from text prompts")
     call = ({"output_type": output_type} if "output_type" in accepted else {}) | models.call_arguments(pipeline) | given
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    batch = {"prompt": list(prompts), "generator": generators}
+    several = max(given.get("num_images_per_prompt", 1), given.get("num_videos_per_prompt", 1))
+    batch = {"prompt": list(prompts), "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
     if len(prompts) == 1:
         batch = {name: values[0] for name, values in batch.items()}
+    elif several > 1:  # diffusers takes one generator for all, or as many as there are pictures
+        batch["generator"] = batch["generator"][0]
     latents: dict[bool, Tensor] = {}
 
     def keep(scheduler: Any, _: Tensor, result: Any) -> None:
@@ -120,9 +133,11 @@ def call_pipeline(
             output = cast(Any, pipeline)(**batch, **call)  # the base class declares no call
     except LrqditError:
         raise
-    except (ValueError, TypeError, IndexError) as error:
-        described = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ModelError(f"{kind} refuses its input ({described or 'defaults'}): {first_line(error)}") from error
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        described = ", ".join(f"{name}={_shown(value)}" for name, value in given.items())
+        absent = [name for name in picture_arguments(pipeline) if name not in given]
+        hint = f"; it may miss a picture: it takes {', '.join(absent)}, too" if absent else ""
+        raise ModelError(f"{kind} refuses its input ({described or 'defaults'}): {first_line(error)}{hint}") from error
     finally:
         pipeline.set_progress_bar_config(**{"disable": False, **had_progress})
     if not latents:
@@ -131,13 +146,24 @@ def call_pipeline(
     return output, last.detach().float().cpu()
 
 
+def own(pipeline: DiffusionPipeline, record: Record) -> Record:
+    """A record's arguments beside its prompt and its seed, with its pictures loaded."""
+    return load_pictures(pipeline, {name: value for name, value in record.items() if name not in ("prompt", "seed")})
+
+
+def _shown(value: Any) -> str:
+    """A value of an error's message: pictures and tensors by their kind, long texts cut."""
+    text = repr(value) if isinstance(value, str | int | float | bool) else type(value).__name__
+    return text if len(text) < 80 else text[:80] + "..."
+
+
 def _frames(output: Any) -> tuple[Image.Image, ...]:
     pictures = output.images if hasattr(output, "images") else output.frames[0]
     return tuple(picture if isinstance(picture, Image.Image) else Image.fromarray(picture) for picture in pictures)
 
 
 def pipeline_loop(
-    prompts: Sequence[str],
+    prompts: Sequence[Record],
     steps: int | None = None,
     guidance_scale: float | None = None,
     arguments: dict[str, Any] | None = None,
@@ -146,17 +172,22 @@ def pipeline_loop(
     on_prompt: Callable[[int], object] = lambda index: None,
     batch_size: int = 1,
 ) -> Callable[[Any], None]:
-    """A forward loop that generates every prompt once, on noise of its own, and stops before the decoder.
+    """A forward loop that runs every record once, on noise of its own, and stops before the decoder.
 
-    ``on_prompt`` is called with the index of each batch before it runs; ``batch_size`` prompts run together.
+    ``on_prompt`` is called with the index of each batch before it runs; ``batch_size`` records run together.
     """
+    found = batches(prompts, batch_size)
 
     def loop(pipeline: DiffusionPipeline) -> None:
         given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **(arguments or {})}
-        for start in tqdm(range(0, len(prompts), batch_size), "calibrating", disable=not show_progress):
-            on_prompt(start // batch_size)
-            batch = prompts[start : start + batch_size]
-            seeds = [seed * 1_000_003 + start + i for i in range(len(batch))]
-            call_pipeline(pipeline, batch, seeds, given, "latent")
+        warn_without_pictures(pipeline, prompts, given)
+        for index, batch in enumerate(tqdm(found, "calibrating", disable=not show_progress)):
+            on_prompt(index)
+            first = seed * 1_000_003 + index * batch_size
+            seeds = [record.get("seed", first + i) for i, record in enumerate(batch)]
+            arguments_of_its_own = own(pipeline, batch[0]) if batch_size == 1 else {}
+            call_pipeline(
+                pipeline, [record["prompt"] for record in batch], seeds, {**given, **arguments_of_its_own}, "latent"
+            )
 
     return loop
