@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import build_tiny_pipeline
 from tiny_models import TINY_MODELS, build_model
+from tiny_transformers import build, transformer_classes
 from torch import nn
 
 from lrqdit.config import WEIGHT_BITS, QuantizationConfig
@@ -65,6 +66,8 @@ EXPECTED = {
     | names("transformer_blocks.0.ff_context.net", "0.proj", "2")
     | names("single_transformer_blocks.0", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"),
 }
+REFINER = "context_embedder.token_refiner.refiner_blocks.0"
+EXPECTED_REFINER = names(f"{REFINER}.attn", *ATTENTION) | names(f"{REFINER}.ff.net", "0.proj", "2")
 WEIGHT_ONLY = {
     "FluxTransformer2DModel": {
         *names("transformer_blocks.0", "norm1.linear", "norm1_context.linear"),
@@ -78,12 +81,15 @@ WEIGHT_ONLY = {
     "HunyuanVideoTransformer3DModel": {
         *names("transformer_blocks.0", "norm1.linear", "norm1_context.linear"),
         "single_transformer_blocks.0.norm.linear",
+        f"{REFINER}.norm_out.linear",
     },
 }
 
 
-def test_every_entry_is_tested():
-    assert set(MODELS) <= set(EXPECTED) == set(TINY_MODELS)
+def test_entries_are_classes_of_diffusers():
+    """What their patterns take is tested over every class, in test_every_transformer.py."""
+    assert set(MODELS) <= set(transformer_classes())
+    assert set(EXPECTED) == set(TINY_MODELS)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -96,10 +102,11 @@ def test_selection(name):
     assert set(weight_only) == WEIGHT_ONLY.get(name, set())
     linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     assert sorted([*quantized, *weight_only, *kept]) == sorted(linear)  # each layer once
-    assert kept and not any("emb" in n for n in quantized)
+    refined = {n for n in quantized if "emb" in n}
+    assert kept and refined == (EXPECTED_REFINER if name == "HunyuanVideoTransformer3DModel" else set())
 
 
-def tree(*layer_names):
+def tree(*layer_names, width=4):
     """A module with linear layers of the given names."""
     root = nn.Module()
     for name in layer_names:
@@ -109,7 +116,7 @@ def tree(*layer_names):
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent._modules[part]
-        parent.add_module(leaf, nn.Linear(4, 4))
+        parent.add_module(leaf, nn.Linear(width, width))
     return root
 
 
@@ -117,16 +124,13 @@ QUANTIZED = [
     "layers.0.self_attn.to_q",
     "layers.0.mlp.gate_up_proj",
     "layers.0.mlp.gate_proj",
+    "layers.0.ff.gate",
     "layers.0.ffn.w1",
     "blocks.3.attention.proj_out",
     "blocks.3.adapter_free.proj",
     "single_blocks.1.linear2",
 ]
-KEPT = [
-    "x_embedder",
-    "proj_out",
-    "proj_out.0",
-    "final_layer.linear",
+MODULATION = [
     "blocks.0.adaLN_modulation.1",
     "blocks.0.ada_norm",
     "blocks.0.img_mod.1",
@@ -134,17 +138,57 @@ KEPT = [
     "blocks.0.mod.lin",
     "blocks.0.norm1.linear",
     "blocks.0.norm1_context.linear",
+    "blocks.0.layer.1.FiLMLayer.scale",
+]
+KEPT = [
+    "x_embedder",
+    "proj_out",
+    "proj_out.0",
+    "final_layer.linear",
+    "final_layer.adaLN_modulation.1",
+    "stream_modulation.linear",
     "blocks.0.time_mlp.0",
     "blocks.0.moe.router",
     "blocks.0.moe.gate",
     "blocks.0.pos_embed.proj",
     "blocks.0.time_text_embed.timestep_embedder.linear_1",
+    "blocks.0.norm1.emb.timestep_embedder.linear_1",
+    "caption_projection.0.linear",
+    "prior_projector.net.0.proj",
 ]
 
 
 def test_generic_rule():
-    quantized, _, kept = sort_layers(tree(*QUANTIZED, *KEPT))
-    assert set(quantized) == set(QUANTIZED) and set(kept) == set(KEPT)
+    quantized, weight_only, kept = sort_layers(tree(*QUANTIZED, *MODULATION, *KEPT, width=64))
+    assert (set(quantized), set(weight_only), set(kept)) == (set(QUANTIZED), set(MODULATION), set(KEPT))
+
+
+def test_small_modulation_layers_stay_as_they_are():
+    assert set(sort_layers(tree(*QUANTIZED, *MODULATION))[2]) == set(MODULATION)
+
+
+def test_layers_of_few_outputs_are_kept():
+    """Routers, gates of whole heads: whatever their names, where the generic rule decides."""
+    block = nn.ModuleDict({"to_q": nn.Linear(64, 64), "beta": nn.Linear(64, 4), "down": nn.Linear(64, 8)})
+    quantized, _, kept = sort_layers(nn.ModuleDict({"blocks": nn.ModuleList([block])}))
+    assert (quantized, kept) == (["blocks.0.to_q", "blocks.0.down"], ["blocks.0.beta"])
+
+
+def test_layers_in_float32_stay_as_they_are():
+    """A Wan asks its time embedder for the dtype of a parameter, so it must have one."""
+    model = build("WanTransformer3DModel")
+    found = plan(model, QuantizationConfig())
+    embedder = {name: found[name] for name in found if "time_embedder" in name}
+    assert len(embedder) == 2 and set(embedder.values()) == {KEPT_LAYER}
+    assert min(model.get_submodule(name).weight.numel() for name in embedder) >= 4096
+    assert found["condition_embedder.time_proj"] == Treatment(8)
+
+
+def test_layers_whose_owner_reads_the_weight_stay_as_they_are():
+    model = build("HunyuanDiT2DModel")
+    found = plan(model, QuantizationConfig())
+    assert found["time_extra_emb.pooler.q_proj"] == KEPT_LAYER
+    assert model.time_extra_emb.pooler.q_proj.weight.numel() >= 4096
 
 
 def test_module_without_blocks():
@@ -176,6 +220,14 @@ def test_exclude():
         plan(nn.Conv2d(1, 1, 1), CONFIG)
     with pytest.raises(ModelError, match="it has none"):
         plan(nn.Conv2d(1, 1, 1), dataclasses.replace(CONFIG, exclude=("a",)))
+
+
+def test_excluded_layers_stay_as_they_are():
+    layers = nn.ModuleDict(
+        {"blocks": nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]), "proj_out": nn.Linear(64, 64)}
+    )
+    found = plan(layers, QuantizationConfig(exclude=("blocks.1", "proj_out")))
+    assert found["blocks.1"] == found["proj_out"] == KEPT_LAYER and found["blocks.0"].weight_bits == 4
 
 
 def test_exclude_reaches_weight_only_layers():

@@ -90,8 +90,9 @@ class QuantizationConfig:
             (:mod:`lrqdit.numerics.principal`), where that lowers the measured error by a quarter; 0 for none.
         damping: of the compensation's Hessian, relative to its mean diagonal.
         moment_gib: memory for second moments of layer inputs, in GiB; layers that find none left round plainly.
-        keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only).
-        exclude: regular expressions of further layers to keep.
+        keep_bits: storage of linear layers outside the low-bit set: 16 (untouched) or 8 (weight-only). Small ones, and
+            those that diffusers keeps in float32, are untouched in any case.
+        exclude: regular expressions of layers to leave as they are.
         calibration_tokens: size of the token reservoir of each layer input.
         seed: seed of rotations and of calibration sampling.
 

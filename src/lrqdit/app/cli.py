@@ -75,7 +75,9 @@ def quantize(
     steps: Steps = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
-    exclude: Annotated[list[str] | None, typer.Option(help="Regular expression of layers to keep; repeatable.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of layers to leave as they are; repeatable.")
+    ] = None,
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Quantize without running the model.")
     ] = False,

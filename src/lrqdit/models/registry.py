@@ -1,8 +1,8 @@
 """Which linear layers of a model are quantized and how, from its class: the plan that everything else follows.
 
 One file of :mod:`lrqdit.models.families` per family of architectures; a class without an entry gets :data:`GENERIC`,
-whose rule is: linear layers inside repeated blocks are quantized, everything that embeds, modulates or projects out is
-kept.
+whose rule is: linear layers inside repeated blocks are quantized, those of them that modulate are weight-only, and
+everything that embeds, routes, gates by few numbers, or projects in and out is kept.
 """
 
 import importlib
@@ -20,13 +20,17 @@ from lrqdit.errors import ModelError
 from lrqdit.models import PIPELINE_COMPONENTS, families
 from lrqdit.models.spec import ModelSpec
 
-SMALLEST_KEPT_WEIGHTS = 4096  # a kept layer of fewer weights stays as it is
+SMALLEST_PACKED_WEIGHTS = 4096  # a layer outside the low-bit set that has fewer weights stays as it is
 SMALLEST_WEIGHT_ONLY_BITS = 4  # a large modulation layer loses too much below
 
+_MODULATION = r"\w*norm\w*|ada(?!p)\w*|\w*modulation\w*|(\w+_)?mod|(?i:film\w*)"  # one component of a layer's name
+_EMBEDDING = r"\w*emb\w*|time\w*|t_block|caption_proj\w*|\w*projector"
 GENERIC = ModelSpec(
     quantized=r".*",
-    kept=r"(^|\.)(\w*norm\w*|ada(?!p)\w*|\w*emb\w*|\w*modulation\w*|(\w+_)?mod|time\w*|t_block|router|gate)(\.|$)|^proj_out",
+    weight_only=rf"(?!(.*\.)?({_EMBEDDING})(\.|$))(.*\.)?\d+\.(.*\.)?({_MODULATION})(\..*)?",
+    kept=rf"(^|\.)({_MODULATION}|{_EMBEDDING}|router|moe\.gate)(\.|$)|^proj_out",
 )
+FEW_OUTPUTS = 16  # inputs for an output: a layer of so few outputs inside a block routes, or gates whole heads
 MODELS: dict[str, ModelSpec] = {
     class_name: spec
     for found in pkgutil.iter_modules(families.__path__)
@@ -77,7 +81,7 @@ def plan(module: nn.Module, config: QuantizationConfig) -> dict[str, Treatment]:
 
     Args:
         module: any module with ``nn.Linear`` layers.
-        config: its bits, ``keep_bits`` and ``exclude`` (searched in the name).
+        config: its bits, ``keep_bits`` and ``exclude`` (searched in the name): what it matches stays as it is.
 
     Raises:
         ModelError: if an ``exclude`` pattern matches no layer, nothing is left to quantize, or adapters are attached.
@@ -99,30 +103,54 @@ def plan(module: nn.Module, config: QuantizationConfig) -> dict[str, Treatment]:
     bits = config.weight_bits if config.average_bits is None else min(4, config.weight_bits)
     weight_only_bits = max(SMALLEST_WEIGHT_ONLY_BITS, bits)
     weight_only_widths = tuple(width for width in WEIGHT_BITS if width >= SMALLEST_WEIGHT_ONLY_BITS)
-    low_bit = Treatment(bits, config.activation_bits, WEIGHT_BITS)
-    weight_only = Treatment(weight_only_bits, 16, weight_only_widths)
-    spec = find_spec(module)
-    # where a model has repeated blocks, the generic rule takes layers inside them alone
-    has_blocks = spec is GENERIC and any(_is_in_block(name) for name in layers)
-    found: dict[Treatment, list[str]] = {low_bit: [], weight_only: [], Treatment(8): [], KEPT: []}
-    for name, layer in layers.items():
-        if any(re.search(pattern, name) for pattern in config.exclude):
-            treatment = KEPT
-        elif spec.weight_only and re.fullmatch(spec.weight_only, name):
-            treatment = weight_only
-        elif re.fullmatch(spec.quantized, name) and not (spec.kept and re.search(spec.kept, name)):
-            treatment = low_bit if _is_in_block(name) or not has_blocks else KEPT
-        else:
-            treatment = KEPT
-        if treatment == KEPT and config.keep_bits == 8 and layer.weight.numel() >= SMALLEST_KEPT_WEIGHTS:
-            treatment = Treatment(8)
-        found[treatment].append(name)
-    if not found[low_bit]:
+    treatments = {
+        "quantized": Treatment(bits, config.activation_bits, WEIGHT_BITS),
+        "weight-only": Treatment(weight_only_bits, 16, weight_only_widths),
+        "kept": KEPT if config.keep_bits == 16 else Treatment(8),
+        "untouched": KEPT,
+    }
+    found: dict[str, list[str]] = {role: [] for role in treatments}
+    for name, role in roles(module).items():
+        is_excluded = any(re.search(pattern, name) for pattern in config.exclude)
+        found["untouched" if is_excluded else role].append(name)
+    if not found["quantized"]:
         raise ModelError(
             f"{type(module).__name__} has no linear layer to quantize ({len(layers)} found); pass a diffusion "
             "transformer, or loosen exclude"
         )
-    return {name: treatment for treatment, names in found.items() for name in names}
+    return {name: treatments[role] for role, names in found.items() for name in names}
+
+
+def roles(module: nn.Module) -> dict[str, str]:
+    """By name of each linear layer, what it is in the model: quantized, weight-only, kept or untouched.
+
+    Layers that diffusers keeps in float32, such as time embedders, are untouched where they would be kept: a model may
+    ask them for the dtype of a parameter.
+    """
+    layers, spec = linear_layers(module), find_spec(module)
+    # where a model has repeated blocks, the generic rule takes layers inside them alone
+    has_blocks = spec is GENERIC and any(_is_in_block(name) for name in layers)
+    in_float32 = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    found = {}
+    for name, layer in layers.items():
+        is_small = layer.weight.numel() < SMALLEST_PACKED_WEIGHTS
+        has_few_outputs = (
+            spec is GENERIC and _is_in_block(name) and layer.out_features * FEW_OUTPUTS <= layer.in_features
+        )
+        if spec.weight_only and re.fullmatch(spec.weight_only, name) and not is_small:
+            found[name] = "weight-only"
+        elif (
+            re.fullmatch(spec.quantized, name)
+            and not (spec.kept and re.search(spec.kept, name))
+            and (_is_in_block(name) or not has_blocks)
+            and not has_few_outputs
+        ):
+            found[name] = "quantized"
+        elif is_small or in_float32 & set(name.split(".")) or (spec.dense and re.fullmatch(spec.dense, name)):
+            found[name] = "untouched"
+        else:
+            found[name] = "kept"
+    return found
 
 
 def _is_in_block(name: str) -> bool:

@@ -1,0 +1,112 @@
+"""Every transformer class of diffusers, as a tiny random model, through everything that people do with one."""
+
+import contextlib
+import functools
+import warnings
+
+import pytest
+import torch
+from tiny_transformers import TINY, build, run, transformer_classes
+
+import lrqdit
+from lrqdit.errors import ModelError
+from lrqdit.integrations.diffusers import LRQDiTConfig
+from lrqdit.models.registry import linear_layers, roles
+from lrqdit.packed.linear import QuantLinear
+
+FAILING = {  # calibration: layers that never run, gradient checkpointing with keywords
+    "Flux3Transformer2DModel", "HunyuanImageTransformer2DModel", "SanaWMLTX2RefinerTransformer3DModel",
+    "WanAnimate2Transformer3DModel",
+}  # fmt: skip
+MODULATED_BY_TOKEN = {"RFD4ProteinaTransformer"}
+SETTINGS = {"calibration_tokens": 64}
+CLASSES = pytest.mark.parametrize("name", sorted(TINY))
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run():
+    """Without gradients; and what diffusers and torch warn of in their own code is not looked at."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", module=r"(diffusers|torch)\.")
+        warnings.filterwarnings("error", message="lrqdit: ")
+        yield
+
+
+@functools.cache
+def exact(name):
+    return run(build(name))
+
+
+def relative_error(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def equal_states(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+def test_every_class_has_a_tiny_model():
+    """A newer diffusers may have more: give each a configuration and inputs, and look at what its plan takes."""
+    assert set(TINY) == set(transformer_classes())
+
+
+@CLASSES
+def test_modulation_is_what_reads_one_token_a_picture(name):
+    """Seen while it runs: weight-only layers read one token of each of two pictures, low-bit layers more."""
+    model, tokens = build(name), {}
+
+    def note(layer_name, x):
+        tokens[layer_name] = x[..., 0].numel()
+
+    for layer_name, layer in linear_layers(model).items():
+        layer.register_forward_pre_hook(lambda _, x, k, n=layer_name: note(n, *x, *k.values()), with_kwargs=True)
+    run(model)
+    found = roles(model)
+    assert not [n for n, count in tokens.items() if found[n] == "quantized" and count <= 2]
+    if name not in MODULATED_BY_TOKEN:
+        assert not [n for n, count in tokens.items() if found[n] == "weight-only" and count > 2]
+
+
+@CLASSES
+def test_without_data(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path / "float")
+    lrqdit.quantize(model, "w4a8", is_calibrated=False, show_progress=False)
+    output = run(model)
+    assert relative_error(output, exact(name)) < 0.3
+
+    model.save_pretrained(tmp_path / "quantized")
+    loaded = type(model).from_pretrained(tmp_path / "quantized")
+    assert equal_states(loaded, model) and torch.equal(run(loaded), output)
+
+    config = LRQDiTConfig("w4a8")
+    assert equal_states(type(model).from_pretrained(tmp_path / "float", quantization_config=config), model)
+    if not TINY[name].bfloat16_fault:
+        narrow = type(model).from_pretrained(tmp_path / "float", quantization_config=config, torch_dtype=torch.bfloat16)
+        assert relative_error(run(narrow), exact(name)) < 0.3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.xfail(strict=True, raises=(ModelError, TypeError)) if name in FAILING else ()
+        )
+        for name in sorted(TINY)
+    ],
+)
+def test_with_data(name, tmp_path):
+    model = build(name)
+    settings = {"show_progress": False, **SETTINGS}
+    fault = TINY[name].gradient_fault
+    with pytest.warns(UserWarning, match="cannot be differentiated") if fault else contextlib.nullcontext():
+        lrqdit.quantize(model, "w4a8", forward_loop=lambda m: [run(m, seed) for seed in (1, 2)], **settings)
+    output = run(model)
+    assert relative_error(output, exact(name)) < 0.2
+    assert any(isinstance(layer, QuantLinear) for layer in model.modules())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(type(model).from_pretrained(tmp_path)), output)
+    if not TINY[name].bfloat16_fault:
+        narrow = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+        assert relative_error(run(narrow), output) < 0.1

@@ -1,0 +1,68 @@
+"""Every transformer class of diffusers as a tiny random model.
+
+Widths are 64 where a class allows it: a time embedder then has 4,096 weights, enough for a kept layer to be packed.
+"""
+
+import inspect
+from typing import Any
+
+import diffusers
+import torch
+from tiny_inputs import Normal
+from tiny_pictures import PICTURES
+from tiny_videos import VIDEOS
+from torch import Tensor, nn
+
+TINY = PICTURES | VIDEOS
+
+
+def transformer_classes() -> dict[str, type[nn.Module]]:
+    """The classes that diffusers exports from its folder of transformers, by name."""
+    exported = {name: getattr(diffusers, name) for name in dir(diffusers) if not name.startswith("_")}
+    return {
+        name: kind
+        for name, kind in exported.items()
+        if inspect.isclass(kind)
+        and issubclass(kind, nn.Module)
+        and kind.__module__.startswith("diffusers.models.transformers.")
+    }
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A model of a class in :data:`TINY`, every weight random (diffusers sets some to zero, and experts not at all)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(diffusers, name)(**TINY[name].config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 3 or not parameter.any():
+                parameter.data.normal_(std=0.05)
+    return model
+
+
+def run(model: Any, seed: int = 1) -> Tensor:
+    """All float outputs of one call end to end, float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, Normal):
+            return torch.randn(value.shape, generator=generator, dtype=torch.float32).to(model.dtype)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(model.dtype)
+        if isinstance(value, dict):
+            return {key: fill(part) for key, part in value.items()}
+        return type(value)(map(fill, value)) if type(value) in (list, tuple) else value
+
+    arguments = fill(TINY[type(model).__name__].inputs())
+    if "return_dict" in inspect.signature(model.forward).parameters:
+        arguments["return_dict"] = False
+    outputs: list[Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            outputs.append(value.detach().float().flatten())
+        elif isinstance(value, list | tuple):
+            for part in value:
+                collect(part)
+
+    collect(model(**arguments))
+    return torch.cat(outputs)
