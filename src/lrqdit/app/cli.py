@@ -44,7 +44,8 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeli
 Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 PROMPTS = "One prompt per line, or one JSON object: a prompt, and paths of pictures where the pipeline takes some."
 Prompts = Annotated[Path | None, typer.Option(help=PROMPTS)]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU, bfloat16 elsewhere.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; that of the files if not given.")]
+Variant = Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a CUDA device if there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 
@@ -64,7 +65,9 @@ def main(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder of a pipeline, or a hub id owner/name.")],
+    model: Annotated[
+        str, typer.Argument(help="A pipeline's folder or hub id owner/name; a transformer's folder; a file of weights.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     bits: Annotated[str, typer.Option(help="Preset w<bits>a<bits>, such as w4a8.")] = "w4a8",
     average_bits: Annotated[
@@ -82,34 +85,44 @@ def quantize(
         bool, typer.Option("--no-calibration", help="Quantize without running the model.")
     ] = False,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, key=value; repeatable.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Pipeline (folder or hub id) that a single file or a transformer belongs to.")
+    ] = None,
+    variant: Variant = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pipeline in the output folder.")] = False,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a pipeline's transformer. A killed run continues where it was: call it again."""
+    """Quantize a pipeline's transformer, or a transformer alone. A killed run continues: call it again."""
     from lrqdit.calibration.runs import locked
     from lrqdit.integrations import pipelines
     from lrqdit.integrations.records import read_records
+    from lrqdit.integrations.sources import find_source
 
     given = {"mode": mode, "seed": seed, "exclude": tuple(exclude or ()), "average_bits": average_bits}
     settings = {**given, **_parse_settings(setting or [])}
-    config = QuantizationConfig.from_name(bits, **settings)
+    preset = QuantizationConfig.from_name(bits, **settings)
     records = None if prompts is None else read_records(prompts)
     pipelines.check_output_folder(out, overwrite)
     partial = out.with_name(f"{out.name}.partial")
     with _chatter_on_stderr(), locked(out.absolute()):
-        source = pipelines.find_folder(model)
-        if out.exists() and out.resolve() == source.resolve():
+        source = find_source(model, config, variant)
+        if out.exists() and out.resolve() in {path.resolve() for path in (source.folder, source.weights) if path}:
             raise ConfigError(f"{out} is the model itself; name another folder")
-        pipeline = pipelines.load_pipeline(source, dtype, device)
+        if not source.is_pipeline and not no_calibration:
+            raise ConfigError(
+                f"{model} is a transformer without a pipeline, which cannot be run on prompts; name its pipeline by "
+                "--config, or pass --no-calibration"
+            )
+        target, dtypes = source.load(dtype, device), source.stored_dtypes()
         result = lrqdit.quantize(
-            pipeline, config, prompts=records, is_calibrated=not no_calibration, steps=steps,
-            guidance_scale=guidance_scale, resume_folder=partial, stored_dtypes=pipelines.stored_dtypes(source),
+            target, preset, prompts=records, is_calibrated=not no_calibration, steps=steps,
+            guidance_scale=guidance_scale, resume_folder=partial, stored_dtypes=dtypes,
         )  # fmt: skip
-        pipelines.save_quantized(pipeline, result, source, out)
+        pipelines.write_quantized(target, result, dtypes, source.file_bytes(), out)
         shutil.rmtree(partial, ignore_errors=True)
-    exceeding = [name for g in result.groups if (g.rms or 0) >= config.rotation_threshold for name in g.names]
+    exceeding = [name for g in result.groups if (g.rms or 0) >= preset.rotation_threshold for name in g.names]
     kinds = Counter(
         g.rotation + " + smoothing" * g.is_smoothed + " + principal part" * (g.principal_rank > 0)
         for g in result.groups
@@ -117,10 +130,10 @@ def quantize(
     )
     widths = Counter(g.bits_of(name) for g in result.groups for name in g.names)
     summary = {
-        "preset": config.preset,
-        "average_bits": config.average_bits,
+        "preset": preset.preset,
+        "average_bits": preset.average_bits,
         "weight_bits": {str(width): count for width, count in sorted(widths.items())},
-        "mode": config.mode,
+        "mode": preset.mode,
         "true_bits": result.size.true_bits,
         "bytes_before": result.bytes_before,
         "bytes_after": pipelines.denoiser_file_bytes(out),
@@ -133,12 +146,12 @@ def quantize(
     if as_json:
         return typer.echo(json.dumps(summary))
     seconds = result.calibration_seconds + result.quantization_seconds
-    typer.echo(f"{out}: {config.preset} ({config.mode}), {result.size.true_bits:.3f} bits per parameter, all included")
+    typer.echo(f"{out}: {preset.preset} ({preset.mode}), {result.size.true_bits:.3f} bits per parameter, all included")
     typer.echo(f"transformer files: {summary['bytes_before']:,} -> {summary['bytes_after']:,} bytes")
     typer.echo(f"time: {seconds:.1f} s, of which calibration {result.calibration_seconds:.1f} s")
     typer.echo(f"chosen per layer: {', '.join(f'{kind} {count}' for kind, count in kinds.most_common())}")
     typer.echo(f"layers by weight bits: {_describe_widths(widths)}")
-    typer.echo(f"J >= {config.rotation_threshold:g} at {len(exceeding)} of {kinds.total()} layers")
+    typer.echo(f"J >= {preset.rotation_threshold:g} at {len(exceeding)} of {kinds.total()} layers")
     for name in exceeding[:5]:
         typer.echo(f"  {name}")
     if len(exceeding) > 5:

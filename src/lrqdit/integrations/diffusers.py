@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
 from lrqdit.fitting.layer import quantize_without_data
+from lrqdit.integrations.float8 import apply_scales
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.models.registry import KEPT, Treatment, plan
 from lrqdit.packed import checkpoint
@@ -150,6 +151,10 @@ class LRQDiTQuantizer(DiffusersQuantizer):
                 )
         return loaded_keys
 
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Scaled float8 weights, as single files for ComfyUI have them, multiplied by their scales."""
+        return state_dict if self.quantization_config.layers else apply_scales(state_dict)
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             with torch.device("meta"):
@@ -231,7 +236,10 @@ def check_not_quantized(model: nn.Module, name: str) -> None:
     if any(isinstance(layer, QuantLinear) for layer in model.modules()):
         raise ModelError(f"{name} is quantized already; load the original model and quantize that")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ModelError(f"{name} is quantized by another backend; load the original model and quantize that")
+        raise ModelError(
+            f"{name} is quantized by another backend; load the original model and quantize that, or call its "
+            "dequantize() first"
+        )
 
 
 # typed by the entries they have

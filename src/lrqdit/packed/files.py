@@ -6,6 +6,7 @@ Nothing here imports torch.
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -149,13 +150,25 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def tensor_headers(folder: Path) -> Iterator[tuple[str, str, list[int]]]:
+def variant_of(path: Path) -> str | None:
+    """The variant in a weight file's name: ``fp16`` of ``model.fp16-00001-of-00002.safetensors``, None without one."""
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+    return stem.partition(".")[2] or None
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files directly in a model folder, of one variant if there is one of that name."""
+    found = sorted(Path(folder).glob("*.safetensors"))
+    return [path for path in found if variant_of(path) == variant] or found
+
+
+def tensor_headers(folder: Path, variant: str | None = None) -> Iterator[tuple[str, str, list[int]]]:
     """Name, safetensors dtype and shape of every tensor in a model folder, read from the files' headers only."""
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in weight_files(folder, variant):
         for name, entry in check_safetensors(path).items():
             yield name, entry["dtype"], entry["shape"]
 
 
-def weight_file_bytes(folder: Path) -> int:
+def weight_file_bytes(folder: Path, variant: str | None = None) -> int:
     """Bytes of the safetensors files directly in a model folder."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(folder, variant))
