@@ -15,7 +15,7 @@ from test_cli import fail, succeed
 import lrqdit
 from lrqdit.errors import CheckpointError, ModelError
 from lrqdit.integrations import pipelines, sources
-from lrqdit.integrations.float8 import apply_scales
+from lrqdit.integrations.float8 import from_float8
 
 FAST = ["--no-calibration", "--device", "cpu", "--json"]
 
@@ -238,14 +238,15 @@ def test_a_folder_of_scaled_float8(flux, tmp_path):
 def test_scales_of_anything_else_are_refused():
     weight, scale = torch.zeros(4, 2, dtype=torch.uint8), torch.ones(())
     with pytest.raises(CheckpointError, match=r"a\.weight is torch\.uint8 .* only float8 weights"):
-        apply_scales({"a.weight": weight, "a.weight_scale": scale})
+        from_float8({"a.weight": weight, "a.weight_scale": scale}, torch.float32)
     float8 = torch.zeros(4, 2).to(torch.float8_e4m3fn)
     with pytest.raises(CheckpointError, match="with a scale of shape"):
-        apply_scales({"a.weight": float8, "a.weight_scale": torch.ones(3)})
+        from_float8({"a.weight": float8, "a.weight_scale": torch.ones(3)}, torch.float32)
     with pytest.raises(CheckpointError, match="only float8 weights"):
-        apply_scales({"a.weight": float8, "a.weight_scale": scale, "a.weight_scale_2": scale})
+        from_float8({"a.weight": float8, "a.weight_scale": scale, "a.weight_scale_2": scale}, torch.float32)
+    assert from_float8({"a": float8, "b": scale}, torch.float32)["a"].dtype == torch.float32
     with pytest.raises(CheckpointError, match=r"b\.weight_scale is the scale of no weight"):
-        apply_scales({"a.weight": float8, "b.weight_scale": scale})
+        from_float8({"a.weight": float8, "b.weight_scale": scale}, torch.float32)
 
 
 def test_a_gguf_file(wan, original, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
 from lrqdit.fitting.layer import quantize_without_data
-from lrqdit.integrations.float8 import apply_scales
+from lrqdit.integrations.float8 import from_float8
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.models.registry import KEPT, Treatment, plan
 from lrqdit.packed import checkpoint
@@ -152,8 +152,8 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Scaled float8 weights, as single files for ComfyUI have them, multiplied by their scales."""
-        return state_dict if self.quantization_config.layers else apply_scales(state_dict)
+        """Float8 weights in a dtype that can be quantized, multiplied by the scales that some have."""
+        return state_dict if self.quantization_config.layers else from_float8(state_dict, self._dtype or torch.bfloat16)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:

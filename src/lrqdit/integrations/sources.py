@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lrqdit.errors import CheckpointError, LrqditError, ModelError, first_line
 from lrqdit.integrations import pipelines
-from lrqdit.integrations.float8 import apply_scales, has_scales
+from lrqdit.integrations.float8 import from_float8, has_scales
 from lrqdit.models import PIPELINE_COMPONENTS
 from lrqdit.packed import files
 
@@ -159,7 +159,7 @@ def read_state(path: Path, dtype: torch.dtype, variant: str | None = None) -> di
     """
     if path.is_dir():
         found = {name: t for file in files.weight_files(path, variant) for name, t in load_file(file).items()}
-        return apply_scales(found, dtype, str(path))
+        return from_float8(found, dtype, str(path))
     if path.suffix == ".gguf":
         if importlib.util.find_spec("gguf") is None:
             raise CheckpointError(f"{path}: GGUF needs the package gguf; pip install gguf")
@@ -172,7 +172,7 @@ def read_state(path: Path, dtype: torch.dtype, variant: str | None = None) -> di
             f"{path} is neither .safetensors nor .gguf; convert it to safetensors, pickles are not read"
         )
     files.check_safetensors(path)
-    return apply_scales(load_file(path), dtype, str(path))
+    return from_float8(load_file(path), dtype, str(path))
 
 
 def _model_class(folder: Path) -> Any:
