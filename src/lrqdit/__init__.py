@@ -19,6 +19,7 @@ _PUBLIC = {
     "QuantizationConfig": "lrqdit.config",
     "attention": "lrqdit.kernels.cpu_attention",
     "codebook": "lrqdit.numerics.codebook",
+    "generate_images": "lrqdit.integrations.generation",
     "kernels": "lrqdit.kernels",
     "load_checkpoint": "lrqdit.packed.checkpoint",
     "measure_size": "lrqdit.packed.size",

@@ -6,6 +6,7 @@ from lrqdit.config import QuantizationConfig as QuantizationConfig
 from lrqdit.errors import LrqditError as LrqditError
 from lrqdit.fitting.reports import CalibrationReport as CalibrationReport
 from lrqdit.integrations.diffusers import LRQDiTConfig as LRQDiTConfig
+from lrqdit.integrations.generation import generate_images as generate_images
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.numerics import codebook as codebook
 from lrqdit.numerics import rotation as rotation
@@ -23,6 +24,7 @@ __all__ = [
     "QuantizationConfig",
     "attention",
     "codebook",
+    "generate_images",
     "kernels",
     "load_checkpoint",
     "measure_size",

@@ -106,7 +106,8 @@ def call_pipeline(
         What the pipeline returned, and the latents after the last denoising step, float32 on the CPU.
 
     Raises:
-        ModelError: if the pipeline lacks an argument that was given, refuses its value, or takes no step.
+        ModelError: if the pipeline lacks an argument that was given, refuses its value, takes no step, or fails with
+            parts in several dtypes.
     """
     kind, given = type(pipeline).__name__, {name: value for name, value in given.items() if value is not None}
     accepted = call_parameters(pipeline)
@@ -138,6 +139,15 @@ def call_pipeline(
         absent = [name for name in picture_arguments(pipeline) if name not in given]
         hint = f"; it may miss a picture: it takes {', '.join(absent)}, too" if absent else ""
         raise ModelError(f"{kind} refuses its input ({described or 'defaults'}): {first_line(error)}{hint}") from error
+    except RuntimeError as error:
+        dtypes = {name: module.dtype for name, module in pipeline.components.items() if hasattr(module, "dtype")}
+        if len(set(dtypes.values())) < 2:
+            raise
+        described = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+        raise ModelError(
+            f"{kind} fails, and its parts have several dtypes ({described}); load it in one, as in "
+            f"from_pretrained(..., torch_dtype=torch.bfloat16): {first_line(error)}"
+        ) from error
     finally:
         pipeline.set_progress_bar_config(**{"disable": False, **had_progress})
     if not latents:
