@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrqdit.calibration.observer import Observer, Sampling
+from lrqdit.calibration.observer import Observer, Sampling, check_seen
 from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.errors import ModelError, NumericalError
 
@@ -227,13 +227,19 @@ def test_nan_names_the_layer(bad):
         observe(Attention(), (x,))
 
 
-def test_a_layer_that_never_ran():
+def test_a_layer_that_never_ran(caplog):
     model = Attention()
     model.spare = nn.Linear(8, 8)
-    with pytest.raises(ModelError, match="1 of 5 layers never ran, the first is spare"):
-        observe(model, (random(3, 8),), names=(*NAMES, "spare"))
-    with pytest.raises(ModelError, match="4 of 4 layers never ran"):
-        observe(Attention())
+    observer = Observer(model, (*NAMES, "spare"), Sampling(16, 0))
+    with observer:
+        model(random(3, 8))
+    assert observer.unseen == ["spare"] and "spare" not in [n for g in observer.groups() for n in g.names]
+    unused = Observer(Attention(), NAMES, Sampling(16, 0))
+    check_seen({"first": observer, "second": unused})
+    assert "1 layers of first never ran and will be quantized without data: spare" in caplog.text
+    assert "all 4 layers of second never ran" in caplog.text
+    with pytest.raises(ModelError, match="no layer of second or third ran"):
+        check_seen({"second": unused, "third": unused})
 
 
 def test_empty_inputs_do_not_count():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lrqdit.calibration.moments import PROJECTIONS, SecondMoment, project_gradient
-from lrqdit.calibration.observer import Observer, Sampling
+from lrqdit.calibration.observer import Observer, Sampling, count_pictures
 
 
 def random(*shape, seed=0):
@@ -131,3 +131,105 @@ def test_a_model_without_derivatives_is_said():
     assert stats["q"].output_moment(torch.zeros(6)) is None
     assert stats["q"].second_moment(torch.zeros(6)) is not None
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+class Arranged(nn.Module):
+    """One layer that is given the tokens of two pictures as ``arrange`` has them."""
+
+    def __init__(self, arrange, arrange_back):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(6, 8)
+        self.arrange, self.arrange_back = arrange, arrange_back
+
+    def forward(self, x):
+        return self.arrange_back(self.layer(self.arrange(x)))
+
+
+@pytest.mark.parametrize(
+    ("arrange", "arrange_back"),
+    [
+        (lambda x: x.transpose(0, 1), lambda y: y.transpose(0, 1)),  # tokens first, as ERNIE-Image has them
+        (lambda x: x.reshape(-1, 3, 6), lambda y: y.reshape(2, 6, 8)),  # parts of each picture, as Latte has them
+        (lambda x: x[:, None], lambda y: y[:, 0]),
+    ],
+)
+def test_pictures_are_told_from_tokens(arrange, arrange_back):
+    inputs = [(random(2, 6, 6, seed=seed),) for seed in range(4)]
+    plain = observe(Arranged(lambda x: x, lambda y: y), inputs, gradient_every=1)["layer"]
+    other = observe(Arranged(arrange, arrange_back), inputs, gradient_every=1)["layer"]
+    zero = torch.zeros(6)
+    torch.testing.assert_close(other.output_moment(zero), plain.output_moment(zero))
+    assert other.gradient_energy("layer") == pytest.approx(plain.gradient_energy("layer"))
+
+
+def test_mixed_tokens_of_several_pictures():
+    """Experts get the tokens of all pictures as rows: as many pictures as the call has, in one matrix."""
+    inputs = [(random(2, 6, 6, seed=seed),) for seed in range(400)]
+    plain = observe(Arranged(lambda x: x, lambda y: y), inputs, gradient_every=1)["layer"]
+    mixed = observe(Arranged(lambda x: x.flatten(0, 1), lambda y: y.reshape(2, 6, 8)), inputs, gradient_every=1)[
+        "layer"
+    ]
+    assert mixed.gradient_energy("layer") == pytest.approx(plain.gradient_energy("layer"), rel=0.1)
+
+
+def test_one_token_of_each_picture():
+    inputs = [(random(5, 6, seed=seed),) for seed in range(4)]
+    rows = observe(Arranged(lambda x: x, lambda y: y), inputs, gradient_every=1)["layer"]
+    tokens = observe(Arranged(lambda x: x[:, None], lambda y: y[:, 0]), inputs, gradient_every=1)["layer"]
+    torch.testing.assert_close(rows.output_moment(torch.zeros(6)), tokens.output_moment(torch.zeros(6)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ((torch.zeros(3), torch.zeros(2, 5, 4)), 2),
+        ((torch.zeros(3, 4, dtype=torch.int64), [torch.zeros(5, 4)] * 3), 3),
+        ((), 1),
+        (("text", None), 1),
+    ],
+)
+def test_count_pictures(arguments, count):
+    assert count_pictures(arguments, {}) == count_pictures((), dict(enumerate(arguments))) == count
+
+
+def test_all_outputs_count():
+    class Two(Block):
+        def forward(self, x, text):
+            return super().forward(x, text)[0], None, {"sound": self.text(text), "step": torch.tensor(3)}
+
+    stats = observe(Two(), calls(), gradient_every=1)
+    apart = observe(Block(), calls(), gradient_every=1)
+    assert stats["text"].gradient_energy("text") > 1.5 * apart["text"].gradient_energy("text")
+    assert stats["out"].gradient_energy("out") == pytest.approx(apart["out"].gradient_energy("out"), rel=0.5)
+
+
+class Checkpointed(Block):
+    """As a diffusers model with gradient checkpointing, its block called with keywords."""
+
+    _supports_gradient_checkpointing = True
+    is_gradient_checkpointing, function, can_run_again = False, None, True
+
+    def enable_gradient_checkpointing(self, function):
+        self.function, self.is_gradient_checkpointing = function, True
+
+    def disable_gradient_checkpointing(self):
+        self.function, self.is_gradient_checkpointing = None, False
+
+    def forward(self, x, text):
+        block = super().forward
+        if self.function is None or not torch.is_grad_enabled():
+            return block(x, text)
+        if not self.can_run_again:
+            raise TypeError("no checkpoints here")
+        return self.function(block, x, text=text)
+
+
+@pytest.mark.parametrize("can_run_again", [True, False])
+def test_checkpoints_with_keywords_or_none(can_run_again):
+    module, plain = Checkpointed(), observe(Block(), calls(), gradient_every=1)
+    module.can_run_again = can_run_again
+    stats = observe(module, calls(), gradient_every=1)
+    assert not module.is_gradient_checkpointing
+    for name in ("q", "text", "out"):
+        assert stats[name].gradient_energy(name) == pytest.approx(plain[name].gradient_energy(name))

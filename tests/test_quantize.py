@@ -231,9 +231,16 @@ def test_error_in_the_middle(monkeypatch):
 def test_a_layer_that_never_ran():
     model = build()
     model.stages.append(Mixer())
+    part = random(9, 48)
+    report = lrqdit.quantize(model, "w4a8", forward_loop=lambda m: m.stages[1](m.stages[0](part)), **FAST)
+    assert report.without_data and all(name.startswith("stages.2.") for name in report.without_data)
+    assert report.to_dict()["without_data"] == report.without_data
+    assert all(isinstance(model.get_submodule(name), QuantLinear) for name in report.without_data)
+
+    model = build()
     before = snapshot(model)
-    with pytest.raises(ModelError, match=r"6 of 17 layers|the first is stages\.2\."):
-        lrqdit.quantize(model, "w4a8", forward_loop=lambda m: m.stages[1](m.stages[0](random(9, 48))), **FAST)
+    with pytest.raises(ModelError, match="no layer of Unusual ran; run the whole model"):
+        lrqdit.quantize(model, "w4a8", forward_loop=lambda m: None, **FAST)
     assert_untouched(model, before)
 
 

@@ -175,7 +175,7 @@ def test_an_exact_estimate():
     weight, x, gradient = random(6, 8), random(1, 1, 8, seed=1), random(1, 1, 6, seed=2)
     stats = ActivationStats(8, 16, seed=0, has_moment=True)
     stats.update(torch.zeros(1, 8))
-    stats.add_gradient("layer", gradient, x)
+    stats.add_gradient("layer", gradient, x, 1)
     changes = []
     for seed in range(200):
         layer = QuantLinear(linear_format(8, 6, 8, 16, table_rows=0, has_bias=False, has_original_bias=False))

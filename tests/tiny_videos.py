@@ -155,7 +155,7 @@ LTX = {
     "num_layers": 2, "caption_channels": 64,
 }  # fmt: skip
 LTX2 = {
-    **LTX, "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 4,
+    **LTX, "num_layers": 1, "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 4,
     "audio_attention_head_dim": 16, "audio_cross_attention_dim": 64, "rope_double_precision": False,
 }  # fmt: skip
 KANDINSKY = {
@@ -209,7 +209,7 @@ VIDEOS = {
         {**{key: value for key, value in WAN.items() if key != "rope_max_seq_len"}, "rope_dim": (4, 6, 6)}, _helios
     ),
     "HunyuanVideo15Transformer3DModel": Tiny(
-        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2,
+        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 1,
          "num_refiner_layers": 1, "text_embed_dim": 64, "text_embed_2_dim": 32, "image_embed_dim": 32,
          "rope_axes_dim": (4, 6, 6), "target_size": 16, "task_type": "t2v"},
         lambda: _video(timestep=full(500, 2), encoder_attention_mask=full(1, 2, 6), encoder_hidden_states_2=text(32),
@@ -231,7 +231,7 @@ VIDEOS = {
         gradient_fault="flex attention has no backward pass on a CPU",
     ),
     "Kandinsky6Transformer3DModel": Tiny(
-        {**KANDINSKY, "visual_cond": False, "in_audio_dim": 4, "out_audio_dim": 4},
+        {**KANDINSKY, "num_visual_blocks": 1, "visual_cond": False, "in_audio_dim": 4, "out_audio_dim": 4},
         lambda: _video(2, 2, 8, 8, 4, timestep=full(500, 2), pooled_projections=normal(2, 64),
                        audio_hidden_states=normal(2, 4, 4)),
     ),

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from lrqdit import native
-from lrqdit.calibration.observer import Observer, Sampling
+from lrqdit.calibration.observer import Observer, Sampling, check_seen
 from lrqdit.calibration.runs import RunFolder, describe_run
 from lrqdit.calibration.steps import Calibration, StepRecorder, recorded_steps
 from lrqdit.config import QuantizationConfig
@@ -83,7 +83,8 @@ def quantize(
 
     Raises:
         ConfigError: for a bad preset or setting, or ``average_bits`` below what can be reached or without calibration.
-        ModelError: if nothing can be quantized, something is quantized already, or a layer never ran.
+        ModelError: if nothing can be quantized, something is quantized already, or no layer ran. Layers that alone did
+            not run are quantized without data; the log and the report name them.
         NumericalError: for NaN or Inf in weights or calibration activations.
     """
     config = _build_config(preset, settings)
@@ -137,7 +138,7 @@ def quantize(
             found = observed.get(name)
             probe = (
                 Probe.of(module, found.steps)
-                if found and config.is_mixed and config.sensitivity == "measured"
+                if found and found.groups and config.is_mixed and config.sensitivity == "measured"
                 else None
             )
             job = Job(
@@ -243,6 +244,7 @@ def observe(
         stack.enter_context(recorded_steps(modules, getattr(target, "scheduler", None), recorders))
         stack.enter_context(torch.no_grad())
         forward_loop(target)
+    check_seen(observers)
     return {name: Calibration(observer.groups(), recorders[name].steps()) for name, observer in observers.items()}
 
 

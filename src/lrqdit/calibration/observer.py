@@ -20,9 +20,11 @@ result does not depend on the number of threads.
 import copy
 import dataclasses
 import functools
+import logging
+import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -30,12 +32,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lrqdit.calibration.moments import Tap
 from lrqdit.calibration.statistics import ActivationStats, InputGroup
 from lrqdit.errors import ModelError, NumericalError
 
 MAX_MOMENT_WIDTH = 16384
+_LOG = logging.getLogger("lrqdit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Observer:
     def __init__(self, module: nn.Module, names: tuple[str, ...], sampling: Sampling) -> None:
         self._module, self._sampling, self._calls = module, sampling, 0
         self._gradient_every, self._is_differentiating, self._gradient_calls = sampling.gradient_every, False, 0
-        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._generator, self._pictures = torch.Generator().manual_seed(sampling.seed), 1
         self._layers = {name: module.get_submodule(name) for name in names}
         self._moment_bytes_left = sampling.moment_bytes
         self.is_held_out = False
@@ -110,10 +114,14 @@ class Observer:
     def _see(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
         if not self._is_differentiating:
             self._observe(name, x)
-        elif torch.is_grad_enabled() and x.ndim > 2 and name in self._group_of:
+        elif torch.is_grad_enabled() and name in self._group_of and x.numel():
             y = y if y.requires_grad else y.detach().requires_grad_()
-            return Tap.apply(y, x, functools.partial(self._group_of[name].stats.add_gradient, name))
+            return Tap.apply(y, x, functools.partial(self._add_gradient, name))
         return None
+
+    def _add_gradient(self, name: str, gradient: Tensor, x: Tensor) -> None:
+        gradient, x = _by_picture(gradient, self._pictures), _by_picture(x, self._pictures)
+        self._group_of[name].stats.add_gradient(name, gradient, x, self._pictures)
 
     def _differentiate(self, module: nn.Module, arguments: tuple, keywords: dict, _: object) -> None:
         """Run a call again, and see how a random projection of its output depends on the layers' outputs."""
@@ -122,16 +130,17 @@ class Observer:
         self._gradient_calls += 1
         if self._gradient_calls % self._gradient_every != 0:
             return
+        self._pictures = count_pictures(arguments, keywords)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._is_differentiating = True
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
-            with torch.enable_grad(), recomputed_activations(module):
-                output = first_float(module(*arguments, **keywords))
-                if output is not None and output.requires_grad:
-                    projection = torch.randn(output.shape, generator=self._generator, dtype=torch.float32)
-                    (output.float() * projection.to(output.device)).sum().backward()
+            try:
+                with recomputed_activations(module):
+                    self._run_back(module, arguments, keywords)
+            except (RuntimeError, TypeError):  # a block that cannot be run again
+                self._run_back(module, arguments, keywords)
         except RuntimeError as error:  # an operator without a derivative, or too little memory: input moments must do
             self._gradient_every = 0
             reason = str(error).strip().split("\n")[0]
@@ -144,6 +153,19 @@ class Observer:
             self._is_differentiating = False
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+    @torch.enable_grad()
+    def _run_back(self, module: nn.Module, arguments: tuple, keywords: dict) -> None:
+        """Differentiate a random projection of all float outputs; each counts by its mean square."""
+        outputs = [output for output in float_tensors(module(*arguments, **keywords)) if output.requires_grad]
+        total = None
+        for output in outputs:
+            projection = torch.randn(output.shape, generator=self._generator, dtype=torch.float32)
+            part = (output.float() * projection.to(output.device)).sum()
+            part = part * math.sqrt(outputs[0].numel() / output.numel())
+            total = part if total is None else total + part
+        if total is not None:
+            total.backward()
 
     def _observe(self, name: str, x: Tensor) -> None:
         if x.numel() == 0:
@@ -170,19 +192,13 @@ class Observer:
         self._last = weakref.ref(x), version, group
 
     def groups(self) -> list[InputGroup]:
-        """The groups in the order of the model's layers.
+        """The groups of the layers that ran, in the order of the model's layers.
 
         Raises:
-            ModelError: if a layer was never run.
             NumericalError: if an input contained NaN or Inf.
         """
-        missing = [name for name in self._layers if name not in self._group_of]
-        if missing:
-            raise ModelError(
-                f"calibration: {len(missing)} of {len(self._layers)} layers never ran, the first is {missing[0]}; run "
-                "the whole model in forward_loop, or exclude them"
-            )
-        groups = list({id(self._group_of[name]): self._group_of[name] for name in self._layers}.values())
+        seen = [self._group_of[name] for name in self._layers if name in self._group_of]
+        groups = list({id(group): group for group in seen}.values())
         for group in groups:
             if not np.isfinite(group.stats.channel_square_sum).all():
                 channel = int(np.flatnonzero(~np.isfinite(group.stats.channel_square_sum))[0])
@@ -192,6 +208,27 @@ class Observer:
                 )
         return groups
 
+    @property
+    def unseen(self) -> list[str]:
+        """Names of the layers that never ran."""
+        return [name for name in self._layers if name not in self._group_of]
+
+
+def check_seen(observers: Mapping[str, Observer]) -> None:
+    """Log which layers never ran, by model; raise :class:`ModelError` if none of any model did."""
+    if not any(observer.groups() for observer in observers.values()):
+        raise ModelError(
+            f"calibration: no layer of {' or '.join(observers)} ran; run the whole model in forward_loop, or pass "
+            "is_calibrated=False"
+        )
+    for model, observer in observers.items():
+        if unseen := observer.unseen:
+            what = f"{len(unseen)} layers" if observer.groups() else f"all {len(unseen)} layers"
+            _LOG.warning(
+                "calibration: %s of %s never ran and will be quantized without data: %s%s", what, model,
+                ", ".join(unseen[:3]), " ..." if len(unseen) > 3 else "",
+            )  # fmt: skip
+
 
 @contextmanager
 def recomputed_activations(module: Any) -> Iterator[None]:
@@ -200,16 +237,46 @@ def recomputed_activations(module: Any) -> Iterator[None]:
     if not is_possible or getattr(module, "is_gradient_checkpointing", False):
         yield
         return
-    module.enable_gradient_checkpointing()
+    module.enable_gradient_checkpointing(_checkpoint)
     try:
         yield
     finally:
         module.disable_gradient_checkpointing()
 
 
-def first_float(output: Any) -> Tensor | None:
-    """The first float tensor in what a module returned."""
+def _checkpoint(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """What diffusers calls; its own takes no keywords, which some of its models have."""
+    return checkpoint(function, *arguments, use_reentrant=False, **keywords)
+
+
+def count_pictures(arguments: tuple, keywords: dict[str, Any]) -> int:
+    """How many pictures a call of a model is about: the length of its first batch or list of float tensors."""
+    for value in (*arguments, *keywords.values()):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
+            return len(value)
+        if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor) and value[0].is_floating_point():
+            return len(value)
+    return 1
+
+
+def _by_picture(x: Tensor, pictures: int) -> Tensor:
+    """Tokens (..., channels) as (pictures, tokens, channels), or as (1, tokens, channels) where they are mixed."""
+    if x.ndim > 2 and len(x) != pictures and x.shape[1] == pictures:
+        x = x.transpose(0, 1)
+    is_mixed = len(x) % pictures != 0 or (x.ndim == 2 and len(x) != pictures)
+    return x.reshape(1 if is_mixed else pictures, -1, x.shape[-1])
+
+
+def float_tensors(output: Any) -> Iterator[Tensor]:
+    """The float tensors in what a module returned."""
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
-    return next((found for part in parts if (found := first_float(part)) is not None), None)
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict | list | tuple):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from float_tensors(part)
+
+
+def first_float(output: Any) -> Tensor | None:
+    """The first of :func:`float_tensors`."""
+    return next(float_tensors(output), None)

@@ -61,10 +61,14 @@ class ActivationStats:
             self._moment = SecondMoment(shift)
         self._moment.add(x.float() - self._moment.shift, torch.ones(len(x), dtype=torch.float32))
 
-    def add_gradient(self, name: str, gradient: Tensor, x: Tensor) -> None:
-        """Add what the tokens x (batch, ..., channels), seen before, do to the model's output through a layer.
+    def add_gradient(self, name: str, gradient: Tensor, x: Tensor, pictures: int) -> None:
+        """Add what tokens, seen before, do to the model's output through a layer.
 
-        ``gradient`` (batch, ..., out_features) is that of a random projection of it to the layer's output.
+        Args:
+            name: of the layer.
+            gradient: of a random projection of the model's output to the layer's output, (batch, tokens, out_features).
+            x: the tokens, (batch, tokens, channels).
+            pictures: how many these are; the batch, or more where their tokens are mixed in one row of it.
         """
         if self._moment is None:
             return
@@ -73,9 +77,9 @@ class ActivationStats:
             self._output_moment = SecondMoment(self._moment.shift)
         is_finite = rows.isfinite().all(dim=1) & weights.isfinite()
         self._output_moment.add(rows[is_finite], weights[is_finite].cpu())
-        total, pictures = self._energy.get(name, (0.0, 0))
+        total, count = self._energy.get(name, (0.0, 0))
         squares = np.square(rows[is_finite].cpu().numpy(), dtype=np.float64)
-        self._energy[name] = total + float(squares.sum()), pictures + len(x)
+        self._energy[name] = total + float(squares.sum()), count + pictures
 
     def second_moment(self, offset: Tensor) -> Tensor | None:
         """E[(x - offset)(x - offset)^T] over the tokens that are not held out, float64 (channels, channels)."""

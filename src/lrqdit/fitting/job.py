@@ -82,6 +82,11 @@ class Job:
             return replacements | stored, reports
         predicted = {name: errors for report in reports for name, errors in report.predicted.items()}
         if not predicted and config.average_bits is not None:
+            if not self.calibration.groups:
+                raise ModelError(
+                    f"average_bits: {self.name} never ran in the calibration, so what its layers' bits do is unknown; "
+                    "run more steps, or quantize it by weight_bits alone"
+                )
             raise ModelError(
                 f"average_bits: calibration saw no gradients of {self.name} to estimate what its layers' bits do; set "
                 "sensitivity='measured'"
@@ -100,11 +105,14 @@ class Job:
         return replacements | stored, reports
 
     def _parts(self) -> list[Part]:
-        """Groups of layers as observed, split where layers of one input are treated differently."""
+        """Groups of layers as observed, split where layers of one input are treated differently, and layers that never
+        ran, each by itself."""
         fitted = [name for name, treatment in self.plan.items() if treatment.is_fitted]
         pairs: list[tuple[list[str], ActivationStats | None]] = [([name], None) for name in fitted]
         if self.calibration is not None:
+            seen = {name for group in self.calibration.groups for name in group.names}
             pairs = [(group.names, group.stats) for group in self.calibration.groups]
+            pairs += [([name], None) for name in fitted if name not in seen]
         treatments = list(dict.fromkeys(self.plan[name] for name in fitted))
         split = [
             Part([name for name in names if self.plan[name] == treatment], stats, treatment)
@@ -141,9 +149,9 @@ class Job:
             transform, report = choose_transform(weights, part.stats, self.config, *bits)
         layers = self._round(part, transform, dict.fromkeys(names, bits[0]), report)
         changes: dict[str, float] = {}
-        if self.probe is not None:
+        if self.probe is not None and part.stats is not None:
             changes = {name: self.probe.measure(name, layer) for name, layer in layers.items()}
-        elif self.config.is_mixed and part.stats is not None:
+        elif part.stats is not None and self.config.is_mixed:
             changes = self._estimate_changes(part.stats, transform, layers)
         for name, change in changes.items():
             errors = at_every_width(change, bits[0], treatment.widths)

@@ -67,6 +67,11 @@ class CalibrationReport:
     calibration_seconds: float
     quantization_seconds: float
 
+    @property
+    def without_data(self) -> list[str]:
+        """Names of the fitted layers whose input was not seen; all of them without calibration."""
+        return [name for group in self.groups if group.rms is None for name in group.names]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe values."""
         return {
@@ -76,5 +81,6 @@ class CalibrationReport:
             "bytes_before": self.bytes_before,
             "calibration_seconds": self.calibration_seconds,
             "quantization_seconds": self.quantization_seconds,
+            "without_data": self.without_data,
             "layers": [group.to_dict() for group in self.groups],
         }
