@@ -314,14 +314,14 @@ template <int BITS, bool TRELLIS> LRQ_INLINE void gather_tables(const Tables &ta
 
 // Decodes input tiles [from, to) of output tile `tile` into a panel of `vectors` vectors a step, beginning at vector
 // `first`.
-template <int BITS, bool TRELLIS>
+template <int BITS, bool TRELLIS, bool BIASED = IS_BIASED>
 inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_t to, uint8_t *panel, int64_t vectors,
                          int64_t first) {
     constexpr int64_t tile_bytes = 32 * BITS, vector_bytes = LANES * STEP * ELEMENT;
     const int64_t row_bytes = ceil_div(w.in_features, 16) * tile_bytes;
     const uint8_t *packed = w.packed + tile * row_bytes;
     Tables tables;
-    load_tables(w, tile, IS_BIASED ? 128 : 0, tables);
+    load_tables(w, tile, BIASED ? 128 : 0, tables);
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
     WideTables wide;
     gather_tables<BITS, TRELLIS>(tables, wide);
@@ -331,6 +331,8 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
 #if defined(__AVX512VNNI__) && !defined(LRQ_256)
         __m512i v[4];
         decode_positions<BITS, TRELLIS>(at, before, wide, v);
+        if constexpr (BITS == 8 && !BIASED)
+            unroll<4>([&](auto p) LRQ_LAMBDA { v[p] = _mm512_xor_si512(v[p], _mm512_set1_epi8(-128)); });
         // 4 x 4 transpose of 32-bit words inside each lane: then a lane holds 4 inputs of 4 channels
         const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
         const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -341,7 +343,7 @@ inline void decode_panel(const lrq_weight &w, int64_t tile, int64_t from, int64_
         _mm512_store_si512(out + 3 * vectors * vector_bytes, _mm512_unpackhi_epi64(b, d));
 #else
         u8x16 channels[16];
-        decode_channels<BITS, TRELLIS>(at, before, tables, IS_BIASED ? 128 : 0, channels);
+        decode_channels<BITS, TRELLIS>(at, before, tables, BIASED ? 128 : 0, channels);
         for (int j = 0; j < 4; ++j) {
             i32x4 v[4];
             for (int p = 0; p < 4; ++p) v[p] = (i32x4)channels[4 * j + p];

@@ -63,7 +63,7 @@ inline void quantized_linear_rows(const lrq_weight &w, const int8_t *codes, cons
         starts[m] = start_of(codes + m * width, width);
     }
     const Outlet outlet(principal ? *principal : lrq_principal{});
-    const Outputs outputs{w, scale, principal ? &outlet : nullptr, out_type, out};
+    const Outputs outputs{w, scale, principal ? &outlet : nullptr, ROWS, out_type, out};
     constexpr int64_t group = GROUP<ROWS>;
     const int64_t per_task = round_up(ceil_div(out_tiles, 8 * threads), group);
     parallel_for(threads, ceil_div(out_tiles, per_task), [&](int64_t task) {

@@ -15,6 +15,9 @@
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "kernels.h"
@@ -23,6 +26,9 @@ namespace lrq {
 
 #define LRQ_DECLARE(isa) extern const Kernels isa##_kernels;
 #if defined(__x86_64__)
+#ifdef LRQ_AMX
+LRQ_DECLARE(amx)
+#endif
 LRQ_DECLARE(avx512bf16)
 LRQ_DECLARE(avx512vbmi)
 LRQ_DECLARE(avx512vnni)
@@ -33,6 +39,9 @@ LRQ_DECLARE(avx512vnni256)  // stands in for avxvnni, which few CPUs have: the s
 #endif
 #elif defined(__aarch64__)
 LRQ_DECLARE(neon)
+#endif
+#ifdef LRQ_TESTS
+LRQ_DECLARE(plaintiles)  // stands in for amx: the same source, tiles in plain C++
 #endif
 LRQ_DECLARE(serial)
 
@@ -70,6 +79,29 @@ const char *missing_avx512bf16() {
     return has_feature_of_7_1(5) ? "" : "this CPU has no AVX-512 BF16";
 }
 
+#ifdef LRQ_AMX
+// Whether the system lets this process use the data of tiles, which a process asks for once.
+bool may_use_tiles() {
+#ifdef __linux__
+    constexpr long arch_req_xcomp_perm = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, arch_req_xcomp_perm, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+const char *missing_amx() {
+    if (*missing_avx512bf16()) return missing_avx512bf16();
+    unsigned a = 7, b = 0, c = 0, d = 0;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, int8
+    if ((d & needed) != needed) return "this CPU has no AMX";
+    c = 0;
+    __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(c));
+    return (a >> 17 & 3) == 3 && may_use_tiles() ? "" : "the system does not let this process use the CPU's AMX";
+}
+#endif
+
 const char *missing_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this CPU has no AVX2 with FMA";
 }
@@ -92,6 +124,9 @@ const char *missing_neon() {
 const Isa *isas(int *count) {
     static const Isa all[] = {
 #if defined(__x86_64__)
+#ifdef LRQ_AMX
+        {&amx_kernels, missing_amx()},
+#endif
         {&avx512bf16_kernels, missing_avx512bf16()},
         {&avx512vbmi_kernels, missing_avx512vbmi()},
         {&avx512vnni_kernels, missing_avx512vnni()},
@@ -102,6 +137,9 @@ const Isa *isas(int *count) {
 #endif
 #elif defined(__aarch64__)
         {&neon_kernels, missing_neon()},
+#endif
+#ifdef LRQ_TESTS
+        {&plaintiles_kernels, ""},
 #endif
         {&serial_kernels, ""},
     };

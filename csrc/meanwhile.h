@@ -79,8 +79,8 @@ struct Meanwhile {
     void then_fetch(const void *first, int64_t bytes) {
         second = static_cast<const uint8_t *>(first), second_last = second + (bytes > 0 ? (bytes - 1) / 64 * 64 : 0);
     }
-    LRQ_INLINE void fetch_line() {
-        __builtin_prefetch(next);
+    template <int LOCALITY = 3> LRQ_INLINE void fetch_line() {
+        __builtin_prefetch(next, 0, LOCALITY);
         next = next == second_last ? second_last : next == last ? second : next + 64;
     }
 };

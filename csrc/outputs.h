@@ -11,6 +11,7 @@ struct Outputs {
     const lrq_weight &w;
     const float *scale;    // (tokens), their quantization steps; nullptr for float sums, which have none
     const Outlet *outlet;  // what adds the principal part; or nullptr
+    int64_t rows;          // tokens
     int type;              // LRQ_FLOAT32, ...
     void *to;
 };

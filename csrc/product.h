@@ -7,6 +7,7 @@
 #pragma once
 
 #include "rounder.h"
+#include "tile_block.h"
 #include "vnni_block.h"
 
 namespace lrq {
@@ -18,7 +19,6 @@ struct Shape {
     int64_t in_tiles, out_tiles, blocks, group_blocks, groups, chunk, chunks, split_tiles, splits;
 };
 
-constexpr int64_t SPLIT_BLOCKS = 4;                  // panels of a group where inputs are split
 constexpr int64_t MIN_CHUNK = 64, MAX_CHUNK = 512;   // tokens
 constexpr int64_t TASKS_PER_THREAD = 24;             // at least, where chunks may be so small
 
@@ -28,11 +28,12 @@ template <class Block> Shape shape_of(const lrq_weight &w, int64_t rows, int thr
     s.blocks = ceil_div(w.out_features, Block::CHANNELS);
     s.group_blocks = Block::GROUP_BYTES / Block::weight_bytes(s.in_tiles);
     s.splits = 1;
-    if (s.group_blocks < 2) {  // split, so that a block of tokens serves several panels
-        s.group_blocks = least(SPLIT_BLOCKS, s.blocks);
+    if (s.group_blocks < Block::LEAST_BLOCKS) {  // split, so that a block of tokens serves several panels
+        s.group_blocks = least(Block::SPLIT_BLOCKS, s.blocks);
         s.splits = ceil_div(s.group_blocks * Block::weight_bytes(s.in_tiles), Block::GROUP_BYTES);
     }
-    s.split_tiles = ceil_div(s.in_tiles, s.splits);
+    s.split_tiles = round_up(ceil_div(s.in_tiles, s.splits), Block::STEP_TILES);
+    s.splits = ceil_div(s.in_tiles, s.split_tiles);
     if (rows <= 8 * Block::TOKENS) s.group_blocks = least(s.group_blocks, ceil_div(s.blocks, 4 * threads));
     s.groups = ceil_div(s.blocks, s.group_blocks);
     if (s.blocks >= threads) s.groups = round_up(s.groups, threads);
@@ -71,8 +72,8 @@ struct Lead {
 // What all tasks of one call share.
 template <class Block> class PanelProduct {
   public:
-    PanelProduct(const Outputs &outputs, int64_t rows, const int8_t *codes, const Rounder *rounder, int threads)
-        : outputs(outputs), rows(rows), codes(codes), rounder(rounder), threads(threads),
+    PanelProduct(const Outputs &outputs, const int8_t *codes, const Rounder *rounder, int threads)
+        : outputs(outputs), rows(outputs.rows), codes(codes), rounder(rounder), threads(threads),
           shape(shape_of<Block>(outputs.w, rows, threads)), call(next_call()) {
         const size_t state_bytes = sizeof(int64_t) * threads + sizeof(Chunk) * shape.chunks;
         next_tasks = static_cast<int64_t *>(scratch(SLOT_CALL, state_bytes + sizeof(int32_t) * rows));
@@ -126,8 +127,7 @@ template <class Block> class PanelProduct<Block>::Task {
           panel_bytes(Block::panel_bytes(product.outputs, s.split_tiles)),
           memory(static_cast<uint8_t *>(scratch(SLOT_PANEL, KEY_BYTES + s.group_blocks * panel_bytes))),
           block(product.outputs, s.split_tiles), chunk(product.chunks[index]) {
-        if (s.splits > 1)
-            partial = static_cast<int32_t *>(scratch(SLOT_SUMS, sizeof(int32_t) * count * blocks * Block::CHANNELS));
+        if (s.splits > 1) partial = partial_sums(round_up(count, Block::TOKENS));
     }
     Task(const Task &) = delete;
 
@@ -142,7 +142,7 @@ template <class Block> class PanelProduct<Block>::Task {
                 leads ? prepare(m + tokens, lead) : wait_for(m + tokens);
                 block.take_tokens(product.codes, first + m, tokens, from, to);
                 fetch_next(m, from, to, leads && split == 0);
-                multiply_group(m, tokens, split);
+                multiply_group(m, split);
             }
         }
         block.finish_pending();
@@ -157,7 +157,7 @@ template <class Block> class PanelProduct<Block>::Task {
     uint8_t *const memory;  // the thread's: key and panels
     Block block;
     Chunk &chunk;
-    int32_t *partial = nullptr;  // (tokens, channels) of the task, block by block, if inputs are split
+    int32_t *partial = nullptr;  // (tokens, channels) block by block, where inputs are split: all of the task's
     int64_t prepared = 0;        // tokens of the chunk
     const int8_t *next_row = nullptr;  // of the next block of tokens, where rows are fetched part by part
     int64_t next_rows = 0, part_bytes = 0;
@@ -214,18 +214,31 @@ template <class Block> class PanelProduct<Block>::Task {
         if (b + blocks < next_rows) block.meanwhile.then_fetch(part + blocks * product.outputs.w.in_features, part_bytes);
     }
 
+    int32_t *partial_sums(int64_t tokens) const {
+        return static_cast<int32_t *>(scratch(SLOT_SUMS, sizeof(int32_t) * tokens * blocks * Block::CHANNELS));
+    }
+
     // Multiplies the block of tokens at m by the group's panels.
-    void multiply_group(int64_t m, int64_t tokens, int64_t split) {
-        for (int64_t b = 0; b < blocks; ++b) {
-            int32_t *to = partial ? partial + (m * blocks + b * tokens) * Block::CHANNELS : sums[turn ^= 1];
-            fetch_parts(b);
-            block.multiply(panel(b), tiles_of(b), split == 0 ? product.starts + first + m : nullptr, to);
-            if (split == s.splits - 1) block.finish(panel(b), tile_of(b), tiles_of(b), to);
+    void multiply_group(int64_t m, int64_t split) {
+        const typename Block::Scope scope(block);
+        const int64_t parts = block.parts(), task_block = s.splits > 1 ? m / Block::TOKENS * blocks : 0;
+        if (parts > 1 && s.splits == 1) partial = partial_sums(Block::TOKENS);
+        for (int64_t part = 0; part < parts; ++part) {
+            block.take_part(part);
+            const bool is_first = split == 0 && part == 0, is_last = split == s.splits - 1 && part == parts - 1;
+            for (int64_t b = 0; b < blocks; ++b) {
+                int32_t *to = partial ? partial + (task_block + b) * Block::TOKENS * Block::CHANNELS : sums[turn ^= 1];
+                if (part == 0) fetch_parts(b);
+                block.multiply(panel(b), tiles_of(b), is_first ? product.starts + first + m : nullptr, to);
+                if (is_last) block.finish(panel(b), tile_of(b), tiles_of(b), to);
+            }
         }
     }
 };
 
-#if defined(__AVX512VNNI__) && !defined(LRQ_256)
+#if defined(LRQ_HAS_TILES)
+using BestBlock = TileBlock;
+#elif defined(__AVX512VNNI__) && !defined(LRQ_256)
 using BestBlock = VnniBlock;
 #else
 using BestBlock = VectorBlock;
@@ -235,12 +248,15 @@ inline void quantized_linear_panels(const lrq_weight &w, int64_t rows, const int
                                     const Rounder *rounder, const lrq_principal *principal, int out_type, int threads,
                                     void *out) {
     const Outlet outlet(principal ? *principal : lrq_principal{});
-    const Outputs outputs{w, scale, principal ? &outlet : nullptr, out_type, out};
-    PanelProduct<BestBlock>(outputs, rows, codes, rounder, threads).run();
+    const Outputs outputs{w, scale, principal ? &outlet : nullptr, rows, out_type, out};
+    PanelProduct<BestBlock>(outputs, codes, rounder, threads).run();
 }
 
 // Repeats dot products on registers alone, the most the hardware can do; returns the number of operations.
 inline int64_t repeat_dots(int64_t iterations) {
+#if defined(LRQ_HAS_TILES)
+    return repeat_tiles<false>(iterations);
+#else
     Sums acc[BLOCK_TOKENS][BLOCK_VECTORS];
     alignas(64) uint8_t weights[BLOCK_VECTORS * LANES * STEP * ELEMENT] = {};
     int32_t tokens[BLOCK_TOKENS] = {};
@@ -263,6 +279,7 @@ inline int64_t repeat_dots(int64_t iterations) {
         });
     });
     return iterations * BLOCK_TOKENS * BLOCK_VECTORS * LANES * STEP * 2;
+#endif
 }
 
 }  // namespace LRQ_ISA

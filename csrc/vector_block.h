@@ -78,6 +78,13 @@ class VectorBlock {
     static constexpr int64_t TOKENS = BLOCK_TOKENS, CHANNELS = BLOCK_CHANNELS;
     // of the weights of all panels that a thread keeps at a time
     static constexpr int64_t GROUP_BYTES = LRQ_ISA::GROUP_BYTES;
+    // Panels of a group, at least; where fewer fit, inputs are split at multiples of STEP_TILES, and there are so many.
+    static constexpr int64_t LEAST_BLOCKS = 2, SPLIT_BLOCKS = 4, STEP_TILES = 1;
+
+    // Exists while a block of tokens is multiplied.
+    struct Scope {
+        explicit Scope(VectorBlock &) {}
+    };
 
     // Lines to be fetched beside the products: the loop says which.
     Meanwhile meanwhile;
@@ -123,6 +130,10 @@ class VectorBlock {
         for (int64_t i = 0; copy && i < rows; ++i)
             copy_token(first + i * width, inputs, steps * STEP, copy + i * copy_stride);
     }
+
+    // The parts of these inputs that are multiplied one after another, each by all panels; and the one from now on.
+    static constexpr int64_t parts() { return 1; }
+    void take_part(int64_t) {}
 
     // Multiplies these tokens by a panel of `tiles` tiles. sums (rows, 16 * tiles) grow by the products; with starts, token
     // m's begin at starts[m] instead.

@@ -62,7 +62,7 @@ inline void weight_only_linear(const lrq_weight &w, int64_t rows, const float *x
                                void *out) {
     const int64_t width = w.in_features, in_tiles = ceil_div(width, 16), out_tiles = ceil_div(w.out_features, 16);
     const int64_t stride = 16 * in_tiles + 16;  // not a power of two: tokens would share one set of the first cache
-    const Outputs outputs{w, nullptr, nullptr, out_type, out};
+    const Outputs outputs{w, nullptr, nullptr, rows, out_type, out};
     float *tokens = static_cast<float *>(scratch(SLOT_SHARED, sizeof(float) * least(rows, FLOAT_TOKENS) * stride));
     for (int64_t first = 0; first < rows; first += FLOAT_TOKENS) {
         const int64_t count = least(FLOAT_TOKENS, rows - first);

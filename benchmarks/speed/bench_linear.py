@@ -127,7 +127,8 @@ def build_onnxruntime(linear: nn.Linear, x: torch.Tensor) -> Callable:
 
 def add_principal_part(layer: nn.Module) -> nn.Module:
     """The layer with as many directions beside its codes as the default takes at most, of random entries."""
-    changed = QuantLinear(dataclasses.replace(layer.format, principal_rank=DIRECTIONS), torch.bfloat16)
+    inputs = dataclasses.replace(layer.format.input, principal_rank=DIRECTIONS)
+    changed = QuantLinear(dataclasses.replace(layer.format, input=inputs), torch.bfloat16)
     state = layer.state_dict()
     for name, width in (("principal", layer.in_features), ("outlet", layer.out_features)):
         state[name] = torch.randint(-127, 128, (DIRECTIONS, width), dtype=torch.int8)

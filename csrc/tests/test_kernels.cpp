@@ -8,6 +8,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <limits>
@@ -289,6 +290,12 @@ void test_quantized_linear() {
         run(33, 1700, 64, false);  // several groups
         run(1, 1700, 48, true);
     }
+    // bfloat16, whose outputs may be written beside later products
+    for (const auto &[rows, n, k, bits] : std::vector<std::array<int64_t, 4>>{
+             {50, 170, 1300, 4}, {17, 32, 2500, 3}, {41, 96, 10000, 8}, {70, 300, 64, 2}}) {
+        const Weight w(n, k, static_cast<int>(bits), false, true, ++seed);
+        check_product(w, rows, {LRQ_BFLOAT16}, {1, 3}, random_codes(rows * k, ++seed));
+    }
     // The largest sum that must not overflow; the 16 rows of a tile beyond N are decoded, too.
     for (const int bits : {2, 8}) {
         const int64_t k = (1 << 17) - 1;
@@ -298,6 +305,23 @@ void test_quantized_linear() {
             std::memset(codes.data(), -128, codes.bytes());
             check_product(w, rows, {LRQ_FLOAT32}, {1}, codes);
         }
+    }
+}
+
+// Outputs that begin at a line of the cache and are more than it would keep.
+void test_many_outputs() {
+    const Weight w(1024, 40, 4, false, true, 9);
+    const int64_t rows = 530, values = rows * w.n;
+    const Array<int8_t> codes = random_codes(rows * w.k, 10);
+    Array<float> scale(rows);
+    for (int64_t m = 0; m < rows; ++m) scale[m] = 0.01f + 0.001f * static_cast<float>(m % 7);
+    const Array<uint8_t> expected = convert(expected_product(w, rows, codes, scale), LRQ_BFLOAT16);
+    for (const std::string &isa : supported()) {
+        lrq_use_isa(isa.c_str());
+        const std::unique_ptr<void, decltype(&std::free)> out(std::aligned_alloc(64, 2 * values), &std::free);
+        const int status =
+            lrq_quantized_linear(&w.c, rows, codes.data(), scale.data(), nullptr, LRQ_BFLOAT16, 2, out.get());
+        check(status == 0 && !std::memcmp(out.get(), expected.data(), expected.bytes()), "many outputs on " + isa);
     }
 }
 
@@ -1321,6 +1345,7 @@ int main() {
         {"instruction sets", test_instruction_sets},
         {"bad arguments", test_bad_arguments},
         {"quantized_linear", test_quantized_linear},
+        {"many outputs", test_many_outputs},
         {"special scales", test_special_scales},
         {"linear", test_linear},
         {"attention", test_attention},
