@@ -69,12 +69,12 @@ def flux_transformer(
     )  # fmt: skip
 
 
-def flux(kind: Any = diffusers.FluxPipeline, transformer: nn.Module | None = None, **rest: Any) -> Any:
-    """A pipeline of FLUX.1's components."""
+def flux(kind: Any = diffusers.FluxPipeline, transformer: nn.Module | None = None, layers: int = 1, **rest: Any) -> Any:
+    """A pipeline of FLUX.1's components, always of the same weights."""
     torch.manual_seed(0)
     return kind(
         diffusers.FlowMatchEulerDiscreteScheduler(), _vae(), CLIPTextModel(CLIPTextConfig(**_CLIP)).eval(),
-        _clip_tokenizer(), _t5(), ByT5Tokenizer(), transformer or flux_transformer(), **rest,
+        _clip_tokenizer(), _t5(), ByT5Tokenizer(), transformer or flux_transformer(layers), **rest,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from lrqdit.fitting.job import Job
 from lrqdit.fitting.layer import check_finite
 from lrqdit.fitting.reports import CalibrationReport, GroupReport
 from lrqdit.integrations import diffusers as diffusers_plugin
+from lrqdit.integrations.caches import renew_cache, without_caches
 from lrqdit.integrations.generation import pipeline_loop
 from lrqdit.integrations.records import Record, check_records
 from lrqdit.kernels import cpu_attention as attention
@@ -112,6 +113,7 @@ def quantize(
     bytes_before = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
     parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
     with contextlib.ExitStack() as stack:
+        stack.enter_context(without_caches(modules.values()))
         folders: dict[str, RunFolder] = {}
         if resume_folder is not None:
             for name, module in modules.items():
@@ -152,6 +154,7 @@ def quantize(
             layer.train(original.training)
             module.set_submodule(layer_name, layer.to(device=original.weight.device, dtype=original.weight.dtype))
         checkpoint.finish_layers(module)
+        renew_cache(module)
         if isinstance(module, ConfigMixin):
             diffusers_plugin.attach(module, config)
         else:
@@ -239,6 +242,7 @@ def observe(
     }
     attention.start()  # now, so that a process's first calibration sees what later ones see
     with contextlib.ExitStack() as stack:
+        stack.enter_context(without_caches(modules.values()))
         for observer in observers.values():
             stack.enter_context(observer)
         stack.enter_context(recorded_steps(modules, getattr(target, "scheduler", None), recorders))

@@ -18,6 +18,7 @@ from diffusers.utils import load_image, load_video
 from PIL import Image
 
 from lrqdit.errors import ConfigError, ModelError, first_line
+from lrqdit.models.registry import denoisers
 
 Record = dict[str, Any]
 # arguments that take pictures, by their names; masks of texts are none
@@ -127,7 +128,7 @@ def is_picture(name: str) -> bool:
 def _needed(pipeline: DiffusionPipeline) -> dict[str, set[str]]:
     """Arguments without which a pipeline cannot run, and what may be given instead of each.
 
-    Those without a default, and the pictures of pipelines that start from some.
+    Those without a default, the pictures of pipelines that start from some, and that of an IP-Adapter that is loaded.
     """
     accepted = call_parameters(pipeline)
     needed = [
@@ -139,6 +140,8 @@ def _needed(pipeline: DiffusionPipeline) -> dict[str, set[str]]:
     if any(TAKES_PICTURES.search(name) and not CAN_DO_WITHOUT.search(name) for name in names):
         needed += [name for name in NEEDED if name in accepted and name not in needed]
     found = {name: {name, f"{name}_latents", f"{name}_embeds"} for name in needed if name != "prompt"}
+    if any(getattr(model, "encoder_hid_proj", None) is not None for model in denoisers(pipeline).values()):
+        found["ip_adapter_image"] = {"ip_adapter_image", "ip_adapter_image_embeds"}
     if "image" in found and "video" in found:
         found["image"] |= found.pop("video")
     return found

@@ -30,6 +30,7 @@ GENERIC = ModelSpec(
     weight_only=rf"(?!(.*\.)?({_EMBEDDING})(\.|$))(.*\.)?\d+\.(.*\.)?({_MODULATION})(\..*)?",
     kept=rf"(^|\.)({_MODULATION}|{_EMBEDDING}|router|moe\.gate)(\.|$)|^proj_out",
 )
+IP_ADAPTER = re.compile(r"(^|\.)processor\.|^(encoder_hid_proj|image_proj)\.")  # where diffusers puts its layers
 FEW_OUTPUTS = 16  # inputs for an output: a layer of so few outputs inside a block routes, or gates whole heads
 MODELS: dict[str, ModelSpec] = {
     class_name: spec
@@ -67,8 +68,13 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that can be quantized, by name.
 
     Subclasses of nn.Linear may read ``.weight`` themselves (nn.MultiheadAttention's does), so only exact ones count.
+    The layers of an IP-Adapter are not the model's: what is saved must load into a model without it.
     """
-    return {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear and name}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear and name and not IP_ADAPTER.search(name)
+    }
 
 
 def find_spec(module: nn.Module) -> ModelSpec:
