@@ -11,7 +11,7 @@ python -m benchmarks.speed.bench_linear | tail -1 > benchmarks/results/linear.js
 python -m benchmarks.speed.bench_step | tail -1 > benchmarks/results/step.json
 python -m benchmarks.speed.bench_attention | tail -1 > benchmarks/results/attention.json
 python -m benchmarks.speed.bench_quantize | tail -1 > benchmarks/results/quantize.json
-python -m benchmarks.update_readme
+python -m benchmarks.update_readme && python -m benchmarks.models_table
 """
 
 import ast
@@ -22,8 +22,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-from lrqdit.models.registry import MODELS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -310,11 +308,6 @@ def quantizer_table() -> str:
 # the package
 
 
-def models_sentence() -> str:
-    """How many transformer classes have an entry."""
-    return f"{len(MODELS)} of them have an entry in [`src/lrqdit/models/families/`](src/lrqdit/models/families)."
-
-
 def first_sentence(path: Path) -> str:
     """The first line of a module's docstring, as Markdown in a table."""
     line = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
@@ -377,7 +370,7 @@ def documents() -> dict[Path, str]:
         "docs/ARCHITECTURE.md": {"wings": wings_table()},
     }
     inline = {
-        "README.md": {"layer-speed": layer_sentence(), "models": models_sentence()},
+        "README.md": {"layer-speed": layer_sentence()},
         str(DEMO_CARD.relative_to(ROOT)): {"share": caption_sentence()},
     }
     texts = {}

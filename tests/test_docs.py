@@ -1,8 +1,12 @@
 import re
 
+import diffusers
 import pytest
+import torch
+from tiny_transformers import build
 
-from benchmarks import chart
+import lrqdit
+from benchmarks import chart, models_table
 from benchmarks import update_readme as script
 
 DOCUMENTS = script.documents()
@@ -24,6 +28,21 @@ def test_charts_show_these_results(name):
 def test_every_speed_names_its_machine():
     for name in ("linear", "step", "attention", "quantize"):
         assert script.read(name)["machine"]["processor"]
+
+
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")
+def test_table_of_models_is_up_to_date():
+    text = models_table.DOCUMENT.read_text(encoding="utf-8")
+    if f"-->{diffusers.__version__}<!--" not in text:
+        pytest.skip(f"docs/MODELS.md was made with another diffusers than {diffusers.__version__}")
+    assert text == models_table.document(), "docs/MODELS.md is out of date; run python -m benchmarks.models_table"
+
+
+@pytest.mark.parametrize("preset", models_table.PRESETS)
+def test_true_bits_of_the_table(preset):
+    model = build("QwenImageTransformer2DModel").to(torch.bfloat16)
+    expected = models_table.true_bits(model, preset)
+    assert lrqdit.quantize(model, preset, is_calibrated=False, show_progress=False).size.true_bits == expected
 
 
 def test_a_missing_marker_is_an_error():
@@ -52,7 +71,15 @@ def test_a_chart_has_a_panel_for_each_setting(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/RESULTS.md", "docs/ARCHITECTURE.md", "docs/GLOSSARY.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/RESULTS.md",
+        "docs/ARCHITECTURE.md",
+        "docs/GLOSSARY.md",
+        "docs/MODELS.md",
+    ],
 )
 def test_links_lead_to_files(name):
     path = script.ROOT / name

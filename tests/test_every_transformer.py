@@ -3,11 +3,13 @@
 import functools
 import warnings
 
+import diffusers
 import pytest
 import torch
-from tiny_transformers import TINY, build, run, transformer_classes
+from tiny_transformers import TINY, build, run
 
 import lrqdit
+from benchmarks.models_table import transformer_classes
 from lrqdit.integrations.diffusers import LRQDiTConfig
 from lrqdit.models.registry import linear_layers, roles
 from lrqdit.packed.linear import QuantLinear
@@ -15,6 +17,10 @@ from lrqdit.packed.linear import QuantLinear
 MODULATED_BY_TOKEN = {"RFD4ProteinaTransformer"}
 SETTINGS = {"calibration_tokens": 64}
 CLASSES = pytest.mark.parametrize("name", sorted(TINY))
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42),
+    reason="the configurations are those of diffusers 0.42",
+)
 
 
 @pytest.fixture(autouse=True)

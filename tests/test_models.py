@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build_tiny_pipeline
 from tiny_models import TINY_MODELS, build_model
-from tiny_transformers import build, transformer_classes
+from tiny_transformers import TINY, build
 from torch import nn
 
 from lrqdit.config import WEIGHT_BITS, QuantizationConfig
@@ -88,7 +88,7 @@ WEIGHT_ONLY = {
 
 def test_entries_are_classes_of_diffusers():
     """What their patterns take is tested over every class, in test_every_transformer.py."""
-    assert set(MODELS) <= set(transformer_classes())
+    assert set(MODELS) <= set(TINY)
     assert set(EXPECTED) == set(TINY_MODELS)
 
 

@@ -16,18 +16,6 @@ from torch import Tensor, nn
 TINY = PICTURES | VIDEOS
 
 
-def transformer_classes() -> dict[str, type[nn.Module]]:
-    """The classes that diffusers exports from its folder of transformers, by name."""
-    exported = {name: getattr(diffusers, name) for name in dir(diffusers) if not name.startswith("_")}
-    return {
-        name: kind
-        for name, kind in exported.items()
-        if inspect.isclass(kind)
-        and issubclass(kind, nn.Module)
-        and kind.__module__.startswith("diffusers.models.transformers.")
-    }
-
-
 def build(name: str, seed: int = 0) -> nn.Module:
     """A model of a class in :data:`TINY`, every weight random (diffusers sets some to zero, and experts not at all)."""
     with torch.random.fork_rng():

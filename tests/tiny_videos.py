@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from tiny_inputs import MASK, STEPS, Tiny, full, grid, normal, text
 
 
@@ -124,6 +123,8 @@ def _wan_animate() -> dict[str, Any]:
 
 
 def _wan_animate2() -> dict[str, Any]:
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache  # not in older ones
+
     return {
         "hidden_states": [normal(4, 2, 4, 4)], "timestep": full(1, 1), "encoder_hidden_states": [normal(6, 64)],
         "condition_latents": [normal(8, 2, 4, 4)], "encoder_hidden_states_image": normal(1, 4, 1280),
