@@ -10,8 +10,10 @@ from tiny_transformers import TINY, build, run
 
 import lrqdit
 from benchmarks.models_table import transformer_classes
+from lrqdit.app.inspection import describe_folder
 from lrqdit.integrations.diffusers import LRQDiTConfig
 from lrqdit.models.registry import linear_layers, roles
+from lrqdit.packed.format import describe_unpacked
 from lrqdit.packed.linear import QuantLinear
 
 MODULATED_BY_TOKEN = {"RFD4ProteinaTransformer"}
@@ -103,3 +105,16 @@ def test_with_data(name, tmp_path):
     if not TINY[name].bfloat16_fault:
         narrow = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
         assert relative_error(run(narrow), output) < 0.1
+
+
+def test_what_is_no_matrix_is_counted(tmp_path):
+    """The experts of Nucleus-Image are tensors of three dimensions: the report and `lrqdit inspect` say so."""
+    model = build("NucleusMoEImageTransformer2DModel")
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name and p.ndim == 3)
+    parameters = sum(p.numel() for p in model.parameters())
+    size = lrqdit.quantize(model, "w4a8", is_calibrated=False, show_progress=False).size
+    assert size.unpacked_share == pytest.approx(experts / parameters) and size.unpacked_share > 0.1
+    model.save_pretrained(tmp_path)
+    assert describe_folder(tmp_path)["totals"]["unpacked_share"] == pytest.approx(size.unpacked_share)
+    assert f"{size.unpacked_share:.0%} of the parameters" in describe_unpacked(size.unpacked_share)
+    assert describe_unpacked(0.004) == ""

@@ -21,6 +21,7 @@ from lrqdit.config import MODES, QuantizationConfig, choices
 from lrqdit.errors import ConfigError, LrqditError
 from lrqdit.models import KNOWN_MODELS
 from lrqdit.models.prompts import EVALUATION_PROMPTS
+from lrqdit.packed.format import describe_unpacked
 
 
 class _Group(TyperGroup):
@@ -135,6 +136,7 @@ def quantize(
         "weight_bits": {str(width): count for width, count in sorted(widths.items())},
         "mode": preset.mode,
         "true_bits": result.size.true_bits,
+        "unpacked_share": result.size.unpacked_share,
         "bytes_before": result.bytes_before,
         "bytes_after": pipelines.denoiser_file_bytes(out),
         "calibration_seconds": result.calibration_seconds,
@@ -147,6 +149,8 @@ def quantize(
         return typer.echo(json.dumps(summary))
     seconds = result.calibration_seconds + result.quantization_seconds
     typer.echo(f"{out}: {preset.preset} ({preset.mode}), {result.size.true_bits:.3f} bits per parameter, all included")
+    if sentence := describe_unpacked(result.size.unpacked_share):
+        typer.echo(sentence)
     typer.echo(f"transformer files: {summary['bytes_before']:,} -> {summary['bytes_after']:,} bytes")
     typer.echo(f"time: {seconds:.1f} s, of which calibration {result.calibration_seconds:.1f} s")
     typer.echo(f"chosen per layer: {', '.join(f'{kind} {count}' for kind, count in kinds.most_common())}")
@@ -292,6 +296,8 @@ def inspect(
     if (budget := description["settings"].get("average_bits")) is not None:
         typer.echo(f"chosen for a budget of {budget:g} bits per parameter")
     typer.echo(f"{description['preset']}: {totals['true_bits']:.3f} bits per parameter over {totals['parameters']:,}")
+    if sentence := describe_unpacked(totals["unpacked_share"]):
+        typer.echo(sentence)
     typer.echo(f"files: {totals['file_bytes']:,} bytes, of which tensors {totals['tensor_bytes']:,}, the rest headers")
 
 

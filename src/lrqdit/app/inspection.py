@@ -7,7 +7,7 @@ from typing import Any
 from lrqdit.errors import CheckpointError
 from lrqdit.models import PIPELINE_COMPONENTS
 from lrqdit.packed import files
-from lrqdit.packed.format import DTYPE_BYTES, FORMAT_NAME, LinearFormat, check_version
+from lrqdit.packed.format import DTYPE_BYTES, FORMAT_NAME, LinearFormat, check_version, is_no_matrix
 
 
 def describe_folder(folder: str | Path) -> dict[str, Any]:
@@ -36,13 +36,15 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds no model quantized by lrqdit; write one with `lrqdit quantize`")
     report = files.read_json(folder / files.REPORT_FILE) if (folder / files.REPORT_FILE).exists() else {}
     reasons = {name: group for group in report.get("layers", []) for name in group["names"]}
-    layers, parameters, tensor_bytes = [], 0, 0
+    layers, parameters, unpacked, tensor_bytes = [], 0, 0, 0
     for part, config in found:
-        described, count, size = _describe_model(part, config["layers"], reasons)
-        layers, parameters, tensor_bytes = layers + described, parameters + count, tensor_bytes + size
+        described, count, whole, size = _describe_model(part, config["layers"], reasons)
+        layers, parameters, unpacked = layers + described, parameters + count, unpacked + whole
+        tensor_bytes += size
     settings = found[0][1]["settings"]
     totals = {
         "parameters": parameters,
+        "unpacked_share": unpacked / max(1, parameters),
         "tensor_bytes": tensor_bytes,
         "file_bytes": sum(files.weight_file_bytes(part) for part, _ in found),
         "true_bits": 8 * tensor_bytes / max(1, parameters),
@@ -67,8 +69,9 @@ def _quantization_config(part: Path) -> dict[str, Any] | None:
 
 def _describe_model(
     part: Path, formats: dict[str, dict[str, Any]], reasons: dict[str, dict[str, Any]]
-) -> tuple[list[dict[str, Any]], int, int]:
-    """Layers, original parameters and bytes of tensors of one model; checks every packed tensor against its format."""
+) -> tuple[list[dict[str, Any]], int, int, int]:
+    """Layers, original parameters, those of weights that are no matrices, and bytes of tensors of one model; checks
+    every packed tensor against its format."""
     files.check_model_folder(part)
     headers = {name: (dtype, tuple(shape)) for name, dtype, shape in files.tensor_headers(part)}
     layers, parameters = [], 0
@@ -103,4 +106,5 @@ def _describe_model(
             "gain": reason.get("gain"),
         })  # fmt: skip
     parameters += sum(math.prod(shape) for _, shape in others.values())
-    return layers, parameters, sum(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in headers.values())
+    unpacked = sum(math.prod(shape) for _, shape in others.values() if is_no_matrix(shape))
+    return layers, parameters, unpacked, sum(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in headers.values())

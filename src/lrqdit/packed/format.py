@@ -6,7 +6,7 @@ docs/FORMAT.md has every byte.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lrqdit.config import ACTIVATION_BITS, TRELLIS_BITS, WEIGHT_BITS, check_types
@@ -181,3 +181,18 @@ def check_version(version: object) -> None:
             f"checkpoint has format version {version!r}, this lrqdit reads version {FORMAT_VERSION}; "
             f"{'upgrade lrqdit' if isinstance(version, int) and version > FORMAT_VERSION else 'quantize it again'}"
         )
+
+
+def is_no_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is the weight of a convolution or of experts in one, which is not packed."""
+    return len(shape) > 2 and shape[0] > 1
+
+
+def describe_unpacked(share: float) -> str:
+    """A sentence about the weights that :func:`is_no_matrix` finds; empty if they are less than a hundredth."""
+    if share < 0.01:
+        return ""
+    return (
+        f"{share:.0%} of the parameters are weights of three and more dimensions (convolutions, experts), which stay "
+        "as they are"
+    )

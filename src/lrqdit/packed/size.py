@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from lrqdit.packed.format import is_no_matrix
 from lrqdit.packed.linear import QuantLinear
 
 
@@ -17,6 +18,7 @@ class SizeReport:
         code_bits, side_bits, kept_bits: what packed codes (padding included), the quantized layers' tables, scales,
             biases and input transforms, and everything outside quantized layers add to ``true_bits``.
         low_bit_share: share of the parameters that lies in layers below 8 bits.
+        unpacked_share: share of the parameters in weights that stay as they are because they are no matrices.
     """
 
     parameters: int
@@ -25,6 +27,7 @@ class SizeReport:
     side_bits: float
     kept_bits: float
     low_bit_share: float
+    unpacked_share: float = 0.0
 
     @property
     def true_bits(self) -> float:
@@ -38,7 +41,7 @@ class SizeReport:
 def measure_size(module: nn.Module) -> SizeReport:
     """Count what ``module.state_dict()`` stores, quantized layers and all others together."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantLinear)}
-    parameters = low_bit = code_bytes = side_bytes = kept_bytes = 0
+    parameters = low_bit = unpacked = code_bytes = side_bytes = kept_bytes = 0
     for layer in layers.values():
         # a bias that only centring created is storage, not a parameter of the original
         weights = layer.in_features * layer.out_features
@@ -50,6 +53,7 @@ def measure_size(module: nn.Module) -> SizeReport:
         if owner not in layers:
             parameters += tensor.numel()
             kept_bytes += size
+            unpacked += tensor.numel() if is_no_matrix(tensor.shape) else 0
         elif leaf == "packed":
             code_bytes += size
         else:
@@ -62,4 +66,5 @@ def measure_size(module: nn.Module) -> SizeReport:
         side_bits=8 * side_bytes / parameters,
         kept_bits=8 * kept_bytes / parameters,
         low_bit_share=low_bit / parameters,
+        unpacked_share=unpacked / parameters,
     )
