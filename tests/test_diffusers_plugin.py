@@ -85,7 +85,7 @@ def test_every_architecture(name, preset, limit, tmp_path):
 
 def test_config_file(saved):
     values = json.loads((saved[0] / "config.json").read_text())["quantization_config"]
-    assert values["quant_method"] == "lrqdit" and values["format_version"] == 1
+    assert values["quant_method"] == 'lrqdit: run "import lrqdit" first' and values["format_version"] == 1
     assert QuantizationConfig.from_dict(values["settings"]).preset == "w4a8"
     assert set(values["layers"]) == set(quantized_layers(saved[1]))
     assert set(values) == {"quant_method", "format_version", "settings", "layers"}

@@ -356,7 +356,7 @@ def test_pipeline(quantized_pipeline):
         "transformer_blocks.0.attn1.to_k",
         "transformer_blocks.0.attn1.to_v",
     ] in [group.names for group in report.groups]
-    assert pipeline.transformer.config.quantization_config.to_dict()["quant_method"] == "lrqdit"
+    assert pipeline.transformer.config.quantization_config.quant_method == "lrqdit"
     assert "disable" not in pipeline._progress_bar_config or not pipeline._progress_bar_config["disable"]
 
 

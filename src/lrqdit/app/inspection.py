@@ -7,7 +7,7 @@ from typing import Any
 from lrqdit.errors import CheckpointError
 from lrqdit.models import PIPELINE_COMPONENTS
 from lrqdit.packed import files
-from lrqdit.packed.format import DTYPE_BYTES, FORMAT_NAME, LinearFormat, check_version, is_no_matrix
+from lrqdit.packed.format import DTYPE_BYTES, FORMAT_NAMES, LinearFormat, check_version, is_no_matrix
 
 
 def describe_folder(folder: str | Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _quantization_config(part: Path) -> dict[str, Any] | None:
     """The configuration of a quantized model's folder, or None if it is not quantized by this package."""
     config = files.read_json(part / files.CONFIG_FILE)
     config = config.get("quantization_config") or config
-    if config.get("quant_method") != FORMAT_NAME:
+    if config.get("quant_method") not in FORMAT_NAMES:
         return None
     check_version(config.get("format_version"))
     for key in ("layers", "settings"):

@@ -29,12 +29,19 @@ from torch import Tensor, nn
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
 from lrqdit.fitting.layer import quantize_without_data
+from lrqdit.integrations import cards
 from lrqdit.integrations.float8 import from_float8
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.models.registry import KEPT, Treatment, plan
 from lrqdit.packed import checkpoint
 from lrqdit.packed.files import check_safetensors
-from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, check_version
+from lrqdit.packed.format import (
+    FORMAT_NAME,
+    FORMAT_NAME_WITH_ADVICE,
+    FORMAT_NAMES,
+    FORMAT_VERSION,
+    check_version,
+)
 from lrqdit.packed.linear import QuantLinear
 
 
@@ -68,7 +75,7 @@ class LRQDiTConfig(QuantizationConfigMixin):
         if (preset is None) == (settings is None):
             raise ConfigError("LRQDiTConfig: pass a preset such as 'w4a8', and settings as keywords beside it")
         check_version(format_version)
-        if quant_method != FORMAT_NAME:
+        if quant_method not in FORMAT_NAMES:
             raise ConfigError(f"quant_method={quant_method!r} is not {FORMAT_NAME!r}")
         if not isinstance(settings or {}, dict) or not isinstance(layers or {}, dict):
             raise CheckpointError(
@@ -95,7 +102,7 @@ class LRQDiTConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe values."""
         values = copy.deepcopy(self.__dict__)
-        return {**values, "quant_method": FORMAT_NAME}
+        return {**values, "quant_method": FORMAT_NAME_WITH_ADVICE}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -229,6 +236,7 @@ def attach(model: Any, config: QuantizationConfig, quantizer: LRQDiTQuantizer | 
     # diffusers forbids .to(dtype), .half() and .float() on a model with is_quantized; integer buffers survive them
     model.is_quantized = False
     model.register_to_config(quantization_config=quantizer.quantization_config)
+    cards.install()
 
 
 def check_not_quantized(model: nn.Module, name: str) -> None:
@@ -242,6 +250,6 @@ def check_not_quantized(model: nn.Module, name: str) -> None:
         )
 
 
-# typed by the entries they have
-AUTO_QUANTIZER_MAPPING[FORMAT_NAME] = LRQDiTQuantizer  # pyright: ignore[reportArgumentType]
-AUTO_QUANTIZATION_CONFIG_MAPPING[FORMAT_NAME] = LRQDiTConfig  # pyright: ignore[reportArgumentType]
+for method in FORMAT_NAMES:  # typed by the entries they have
+    AUTO_QUANTIZER_MAPPING[method] = LRQDiTQuantizer  # pyright: ignore[reportArgumentType]
+    AUTO_QUANTIZATION_CONFIG_MAPPING[method] = LRQDiTConfig  # pyright: ignore[reportArgumentType]

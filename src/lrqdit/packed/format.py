@@ -14,6 +14,9 @@ from lrqdit.errors import CheckpointError
 from lrqdit.numerics.shapes import check_factors, packed_shape
 
 FORMAT_NAME = "lrqdit"
+# what diffusers' folders say instead: its error names the unknown method, to who has not imported the package
+FORMAT_NAME_WITH_ADVICE = 'lrqdit: run "import lrqdit" first'
+FORMAT_NAMES = (FORMAT_NAME, FORMAT_NAME_WITH_ADVICE)
 FORMAT_VERSION = 1
 Buffers = dict[str, tuple[tuple[int, ...], str]]  # by name the shape, and the dtype by its safetensors name
 DTYPE_BYTES = {  # by safetensors names
