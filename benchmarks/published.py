@@ -101,9 +101,9 @@ QUIRKS = {  # by class, what a user should know
     "MiniMaxMusic3RVQDepthDecoder": "a language model's decoder; its heads run outside of its call",
     "NucleusMoEImageTransformer2DModel": "experts are tensors of three dimensions and stay",
     "SD3Transformer2DModel": "3.5-medium: its table of positions alone is 1.5 bits",
-    "SanaTransformer2DModel": "1 x 1 convolutions stay",
-    "SanaVideoTransformer3DModel": "1 x 1 convolutions stay",
+    "SanaTransformer2DModel": "1 x 1 convolutions count as linear layers",
+    "SanaVideoTransformer3DModel": "1 x 1 convolutions count as linear layers; those along time stay",
     "SanaWMLTX2RefinerTransformer3DModel": "sound blocks never run: they are quantized without data",
-    "SanaWMTransformer3DModel": f"1 x 1 convolutions stay; {_NO_BFLOAT16}",
+    "SanaWMTransformer3DModel": f"as SANA-Video; {_NO_BFLOAT16}",
     "WanAnimate2Transformer3DModel": "`sensitivity='measured'` is not possible: its cache cannot be recorded",
 }

@@ -58,9 +58,11 @@ def test_modulation_is_what_reads_one_token_a_picture(name):
     model, tokens = build(name), {}
 
     def note(layer_name, x):
-        tokens[layer_name] = x[..., 0].numel()
+        tokens[layer_name] = x.numel() // layers[layer_name].in_features
 
-    for layer_name, layer in linear_layers(model).items():
+    layers = linear_layers(model)
+    for layer_name in layers:
+        layer = model.get_submodule(layer_name)
         layer.register_forward_pre_hook(lambda _, x, k, n=layer_name: note(n, *x, *k.values()), with_kwargs=True)
     run(model)
     found = roles(model)

@@ -54,7 +54,8 @@ EXPECTED = {
     | names("transformer_blocks.0.ff.net", "0.proj", "2")
     | names("transformer_blocks.0.ff_context.net", "0.proj", "2"),
     "SanaTransformer2DModel": names("transformer_blocks.0.attn1", *ATTENTION)
-    | names("transformer_blocks.0.attn2", *ATTENTION),
+    | names("transformer_blocks.0.attn2", *ATTENTION)
+    | names("transformer_blocks.0.ff", "conv_inverted", "conv_point"),
     "CogVideoXTransformer3DModel": names("transformer_blocks.0.attn1", *ATTENTION)
     | names("transformer_blocks.0.ff.net", "0.proj", "2"),
     "WanTransformer3DModel": names("blocks.0.attn1", *ATTENTION)
@@ -68,6 +69,7 @@ EXPECTED = {
 }
 REFINER = "context_embedder.token_refiner.refiner_blocks.0"
 EXPECTED_REFINER = names(f"{REFINER}.attn", *ATTENTION) | names(f"{REFINER}.ff.net", "0.proj", "2")
+CONVOLUTIONS = (".conv_inverted", ".conv_point")
 WEIGHT_ONLY = {
     "FluxTransformer2DModel": {
         *names("transformer_blocks.0", "norm1.linear", "norm1_context.linear"),
@@ -100,7 +102,7 @@ def test_selection(name):
     of_first_block = {n for n in quantized if re.match(r"\w+\.0\.", n)}
     assert of_first_block == EXPECTED[name]
     assert set(weight_only) == WEIGHT_ONLY.get(name, set())
-    linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear) or n.endswith(CONVOLUTIONS)]
     assert sorted([*quantized, *weight_only, *kept]) == sorted(linear)  # each layer once
     refined = {n for n in quantized if "emb" in n}
     assert kept and refined == (EXPECTED_REFINER if name == "HunyuanVideoTransformer3DModel" else set())

@@ -58,9 +58,10 @@ def replace_layers(module: nn.Module, config: QuantizationConfig) -> nn.Module:
     for name, treatment in models.plan(module, config).items():
         if treatment == models.KEPT:
             continue
-        dense, options = layers[name], {}
+        dense = layers[name]
+        options: dict[str, Any] = {"channel_axis": getattr(dense, "channel_axis", -1)}
         if not treatment.is_fitted:
-            options = {"rotation": "none", "factors": (), "has_offset": False, "has_scale": False}
+            options |= {"rotation": "none", "factors": (), "has_offset": False, "has_scale": False}
         owner = owners.setdefault(key, name) if (key := _shared_input(name)) else name
         if owner != name:
             options["input_from"] = owner

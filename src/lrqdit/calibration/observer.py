@@ -112,6 +112,12 @@ class Observer:
         self._handles, self._last = [], None
 
     def _see(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
+        if isinstance(self._layers[name], nn.Conv2d):  # a 1 x 1 convolution has its channels before the pixels
+            seen = self._see_tokens(name, x.movedim(-3, -1), y.movedim(-3, -1))
+            return None if seen is None else seen.movedim(-1, -3)
+        return self._see_tokens(name, x, y)
+
+    def _see_tokens(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
         if not self._is_differentiating:
             self._observe(name, x)
         elif torch.is_grad_enabled() and name in self._group_of and x.numel():

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from lrqdit.calibration.steps import Step
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError, NumericalError
-from lrqdit.models.registry import KEPT, Plan, linear_layers
+from lrqdit.models.registry import KEPT, Linear, Plan
 from lrqdit.numerics.rotation import single_thread
 from lrqdit.packed.format import InputFormat, LinearFormat
 from lrqdit.packed.linear import QuantLinear
@@ -90,7 +91,7 @@ class Probe:
         """
         if not self._exact:
             self._exact = [step.run(self._module) for step in self._steps]
-        original = linear_layers(self._module)[name]
+        original: Any = self._module.get_submodule(name)
         self._module.set_submodule(name, layer.to_linear().to(original.weight.device, original.weight.dtype))
         try:
             changes = [
@@ -229,7 +230,7 @@ def choose_options(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[flo
     return chosen[::-1]
 
 
-def check_budget(layers: Mapping[str, nn.Linear], plan: Plan, rest: Rest, config: QuantizationConfig) -> None:
+def check_budget(layers: Mapping[str, Linear], plan: Plan, rest: Rest, config: QuantizationConfig) -> None:
     """Raise before anything runs if ``average_bits`` cannot be reached even by layers without input transforms.
 
     What the error names then leaves room for them. The budget is checked exactly once they are known.

@@ -24,6 +24,7 @@ from lrqdit.models.registry import Plan, Treatment
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
+from lrqdit.packed.pointwise import empty_layer
 
 _LOG = logging.getLogger("lrqdit")
 Fitted = tuple[dict[str, QuantLinear], GroupReport]
@@ -202,7 +203,7 @@ def _restore(names: list[str], tensors: dict[str, Tensor], values: dict[str, Any
     """Layers and report of a group that an earlier run finished."""
     layers: dict[str, QuantLinear] = {}
     for name in names:
-        layer = QuantLinear(LinearFormat.from_dict(values["formats"][name]))
+        layer = empty_layer(LinearFormat.from_dict(values["formats"][name]))
         layer.load_state_dict({k.split(":", 1)[1]: t for k, t in tensors.items() if k.split(":", 1)[0] == name})
         if layer.format.input_from is not None:
             layer.share_input(layers[layer.format.input_from])

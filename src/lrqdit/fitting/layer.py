@@ -21,11 +21,13 @@ from lrqdit.numerics import principal, rotation, trellis
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear, describe_input
+from lrqdit.packed.pointwise import empty_layer
 
 
 class LinearLike(Protocol):
     """A linear layer as far as fitting goes: an ``nn.Linear``, or tensors read from a file."""
 
+    # and, for a 1 x 1 convolution, a channel_axis as LinearFormat has it
     weight: Any  # float (out_features, in_features)
     bias: Any  # float (out_features,) or None
 
@@ -96,6 +98,7 @@ def quantize_linear(
         has_bias=new_bias is not None,
         has_original_bias=bias is not None,
         input_from=None if shared.owner == name else shared.owner,
+        channel_axis=getattr(layer, "channel_axis", -1),
     )
     outlet = None
     if transform.principal is not None:
@@ -107,7 +110,7 @@ def quantize_linear(
         if report is not None:
             report.rounding[name] = errors
     table = None if weight_bits == 8 else levels.table
-    return QuantLinear(layout, layer.weight.dtype).fill(codes, table, levels.row_scale, new_bias, transform, outlet)
+    return empty_layer(layout, layer.weight.dtype).fill(codes, table, levels.row_scale, new_bias, transform, outlet)
 
 
 def quantize_without_data(

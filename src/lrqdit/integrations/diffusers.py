@@ -32,7 +32,7 @@ from lrqdit.fitting.layer import quantize_without_data
 from lrqdit.integrations import cards
 from lrqdit.integrations.float8 import from_float8
 from lrqdit.kernels import cpu_attention as attention
-from lrqdit.models.registry import KEPT, Treatment, plan
+from lrqdit.models.registry import KEPT, Treatment, as_linear, plan
 from lrqdit.packed import checkpoint
 from lrqdit.packed.files import check_safetensors
 from lrqdit.packed.format import (
@@ -193,13 +193,13 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         """Hold a layer's parts until all have come, then replace it by its quantized form."""
         owner, _, leaf = param_name.rpartition(".")
         layer = model.get_submodule(owner)
-        assert isinstance(layer, nn.Linear)  # as the plan has no others
+        assert isinstance(layer, nn.Linear | nn.Conv2d)  # as the plan has no others
         # diffusers has cast param_value to the model's dtype; the state dict still has the original
         original = state_dict.get(param_name, param_value)
         setattr(layer, leaf, nn.Parameter(original.detach(), requires_grad=False))
         if layer.weight.is_meta or (layer.bias is not None and layer.bias.is_meta):
             return
-        quantized = quantize_without_data(owner, layer, self._plan.pop(owner), self.config)
+        quantized = quantize_without_data(owner, as_linear(layer), self._plan.pop(owner), self.config)
         quantized._dtype_marker = quantized._dtype_marker.to(param_value.dtype)
         model.set_submodule(owner, quantized.to(target_device))
 

@@ -64,17 +64,42 @@ KEPT = Treatment(16)
 Plan = Mapping[str, Treatment]
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that can be quantized, by name.
+class Pointwise:
+    """A 1 x 1 convolution as the linear layer that it is over the channels of each pixel."""
+
+    channel_axis = -3
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        self.in_features, self.out_features = convolution.in_channels, convolution.out_channels
+        self.weight: Any = convolution.weight.detach()[:, :, 0, 0]
+        self.bias: Any = convolution.bias
+        self.training = convolution.training
+
+
+Linear = nn.Linear | Pointwise
+
+
+def as_linear(layer: nn.Module) -> Any:
+    """A layer as the fitting sees it: a :class:`Pointwise` for a 1 x 1 convolution, else the layer itself."""
+    if not isinstance(layer, nn.Conv2d) or type(layer) is not nn.Conv2d:
+        return layer
+    is_pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    return Pointwise(layer) if is_pointwise else layer
+
+
+def linear_layers(module: nn.Module) -> dict[str, Linear]:
+    """The linear layers that can be quantized, by name; 1 x 1 convolutions where the entry of a class names them.
 
     Subclasses of nn.Linear may read ``.weight`` themselves (nn.MultiheadAttention's does), so only exact ones count.
     The layers of an IP-Adapter are not the model's: what is saved must load into a model without it.
     """
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if type(layer) is nn.Linear and name and not IP_ADAPTER.search(name)
-    }
+    spec, found = find_spec(module), {}
+    for name, layer in module.named_modules():
+        linear = as_linear(layer)
+        is_named = isinstance(linear, Pointwise) and spec is not GENERIC and re.fullmatch(spec.quantized, name)
+        if name and (type(layer) is nn.Linear or is_named) and not IP_ADAPTER.search(name):
+            found[name] = linear
+    return found
 
 
 def find_spec(module: nn.Module) -> ModelSpec:

@@ -18,6 +18,7 @@ from lrqdit.errors import CheckpointError
 from lrqdit.packed.files import CONFIG_FILE, WEIGHT_FILE, check_safetensors, read_json, write_atomically
 from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, LinearFormat, check_version
 from lrqdit.packed.linear import DTYPES, QuantLinear
+from lrqdit.packed.pointwise import empty_layer
 
 
 def format_config(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
@@ -35,10 +36,9 @@ def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype:
         CheckpointError: if a name or a shape does not fit the module: a checkpoint of another model.
     """
     formats = {name: LinearFormat.from_dict(values) for name, values in layers.items()}
-    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    shapes = {name: shape for name, layer in module.named_modules() if (shape := _shape(layer)) is not None}
     for name, layout in formats.items():
-        layer = linear.get(name)
-        found = None if layer is None else (layer.out_features, layer.in_features)
+        found = shapes.get(name)
         if found != (layout.out_features, layout.in_features):
             raise CheckpointError(
                 f"the checkpoint quantizes {name} as {layout.out_features} x {layout.in_features}, but this "
@@ -50,7 +50,14 @@ def allocate_layers(module: nn.Module, layers: dict[str, dict[str, Any]], dtype:
             raise CheckpointError(
                 f"{name} shares the input of {layout.input_from}, which is not quantized or has another input transform"
             )
-        module.set_submodule(name, QuantLinear(layout, dtype, device))
+        module.set_submodule(name, empty_layer(layout, dtype, device))
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...] | None:
+    """Rows and columns of a layer that may be replaced by a quantized one."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return (layer.out_channels, layer.in_channels) if isinstance(layer, nn.Conv2d) else None
 
 
 def finish_layers(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from lrqdit.config import TRELLIS_BITS
 from lrqdit.numerics.shapes import kronecker_factors
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
+from lrqdit.packed.pointwise import empty_layer
 
 ROW_SCALE = 2.0**-11  # keeps the outputs of random layers of a few thousand inputs near their inputs' size
 
@@ -22,7 +23,7 @@ def random_layer(
         "has_offset": True, "has_scale": True, "table_rows": 0 if weight_bits == 8 else 1,
         "is_trellis": weight_bits in TRELLIS_BITS,
     }  # fmt: skip
-    return fill_randomly(QuantLinear(LinearFormat.from_dict({**values, **options}), torch.bfloat16, device))
+    return fill_randomly(empty_layer(LinearFormat.from_dict({**values, **options}), torch.bfloat16, device))
 
 
 def fill_randomly(layer: QuantLinear) -> QuantLinear:

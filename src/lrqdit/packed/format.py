@@ -93,6 +93,7 @@ class LinearFormat:
         has_bias: whether a bias is stored.
         has_original_bias: whether the layer had a bias before centring gave it one.
         input_from: name of the layer whose input transform this one shares, or None.
+        channel_axis: of the input: -1, or -3 where the layer is a 1 x 1 convolution (batch, channels, height, width).
     """
 
     input: InputFormat
@@ -104,6 +105,7 @@ class LinearFormat:
     has_bias: bool = True
     has_original_bias: bool = True
     input_from: str | None = None
+    channel_axis: Literal[-1, -3] = -1
 
     @property
     def in_features(self) -> int:
