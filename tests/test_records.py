@@ -144,6 +144,18 @@ def test_a_pipeline_that_can_do_without_pictures_says_what_it_is_calibrated_for(
     assert len(found) == (0 if is_given else 1) and all("(image)" in text for text in found)
 
 
+def test_a_class_that_passes_its_keywords_on_takes_the_same():
+    class Mine(diffusers.FluxImg2ImgPipeline):
+        def __call__(self, *arguments, **keywords):
+            return super().__call__(*arguments, **keywords)
+
+    pipeline = tiny.flux(Mine)
+    with pytest.raises(ModelError, match="Mine needs image"):
+        lrqdit.observe(pipeline, prompts=["a"], steps=2, arguments=tiny.FLUX_CALL, show_progress=False)
+    prompts = [{"prompt": "a", "image": noise(0)}]
+    assert lrqdit.observe(pipeline, prompts=prompts, steps=2, arguments=tiny.FLUX_CALL, show_progress=False)
+
+
 def test_a_pipeline_of_texts_is_warned_of_nothing(caplog):
     with caplog.at_level(logging.WARNING, "lrqdit"):
         lrqdit.observe(tiny.flux(), prompts=["a"], steps=2, arguments=tiny.FLUX_CALL, show_progress=False)

@@ -16,7 +16,6 @@ from lrqdit.errors import LrqditError, ModelError, first_line
 from lrqdit.integrations.records import (
     Record,
     batches,
-    call_parameters,
     check_records,
     load_pictures,
     picture_arguments,
@@ -110,7 +109,7 @@ def call_pipeline(
             parts in several dtypes.
     """
     kind, given = type(pipeline).__name__, {name: value for name, value in given.items() if value is not None}
-    accepted = call_parameters(pipeline)
+    accepted = models.call_parameters(pipeline)
     for name in ("prompt", *given):
         if name not in accepted:
             raise ModelError(f"{kind} takes no {name}; lrqdit generates from text prompts")

@@ -5,20 +5,19 @@ it snow", "image": "house.png", "seed": 3}``. A text under an argument that take
 paths gives several. Files are opened when their record runs.
 """
 
-import inspect
 import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image, load_video
 from PIL import Image
 
 from lrqdit.errors import ConfigError, ModelError, first_line
-from lrqdit.models.registry import denoisers
+from lrqdit.models.registry import call_parameters, denoisers
 
 Record = dict[str, Any]
 # arguments that take pictures, by their names; masks of texts are none
@@ -108,11 +107,6 @@ def warn_without_pictures(pipeline: DiffusionPipeline, records: Iterable[Record]
             "%s is calibrated for text to image only; give records pictures (%s) if you will use it with some",
             type(pipeline).__name__, ", ".join(optional),
         )  # fmt: skip
-
-
-def call_parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a pipeline's call by name."""
-    return inspect.signature(cast(Any, pipeline).__call__).parameters
 
 
 def picture_arguments(pipeline: DiffusionPipeline) -> list[str]:

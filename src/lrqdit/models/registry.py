@@ -194,13 +194,25 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
+def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """The parameters of a pipeline's call by name; of the class above, too, where one passes keywords on."""
+    found: dict[str, inspect.Parameter] = {}
+    for kind in type(pipeline).__mro__:
+        if "__call__" in vars(kind):
+            parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
+            found |= {p.name: p for p in parameters if p.name not in found}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
 def call_arguments(pipeline: Any) -> dict[str, Any]:
     """Arguments a pipeline's call needs beyond the prompt, among those its signature has.
 
     PixArt's resolution binning knows three sizes; a model of another size must switch it off.
     """
     arguments: dict[str, Any] = {}
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = call_parameters(pipeline)
     for module in denoisers(pipeline).values():
         arguments.update(find_spec(module).call_arguments)
     size = getattr(getattr(getattr(pipeline, "transformer", None), "config", None), "sample_size", None)
