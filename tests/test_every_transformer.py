@@ -109,6 +109,17 @@ def test_with_data(name, tmp_path):
         assert relative_error(run(narrow), output) < 0.1
 
 
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "MiniMaxH3Transformer3DModel"])
+def test_what_diffusers_keeps_in_float32_is_loaded_in_float32(name, tmp_path):
+    model = build(name)
+    lrqdit.quantize(model, "w4a8", is_calibrated=False, show_progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    embedders = [p for name, p in loaded.named_parameters() if ".time_embedder." in f".{name}"]
+    assert len(embedders) == 4 and {p.dtype for p in embedders} == {torch.float32}
+    assert relative_error(run(loaded), run(model)) < 0.05
+
+
 def test_what_is_no_matrix_is_counted(tmp_path):
     """The experts of Nucleus-Image are tensors of three dimensions: the report and `lrqdit inspect` say so."""
     model = build("NucleusMoEImageTransformer2DModel")

@@ -133,6 +133,24 @@ def test_a_model_without_derivatives_is_said():
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
+@pytest.mark.parametrize(
+    ("calls_a_step", "expected"),
+    [(1, [1, 3, 5, 7, 9, 11]), (2, [1, 2, 5, 6, 9, 10]), (3, [1, 3, 5, 7, 9, 11]), (4, [1, 3, 4, 6, 9, 11])],
+)
+def test_guidance_in_several_calls(calls_a_step, expected, monkeypatch):
+    """Every second call; of two calls a step, the first and the second by turns."""
+    seen, calls_seen = [], 0
+    monkeypatch.setattr(Observer, "_run_back", lambda self, module, x, y: seen.append(calls_seen))
+    observer = Observer(module := Block(), ("q",), Sampling(16, 0, moment_bytes=1 << 20, gradient_every=2))
+    with observer, torch.no_grad():
+        for call in calls(12):
+            module(*call)
+            calls_seen += 1
+            if calls_seen % calls_a_step == 0:
+                observer.end_step()
+    assert seen == expected
+
+
 class Arranged(nn.Module):
     """One layer that is given the tokens of two pictures as ``arrange`` has them."""
 

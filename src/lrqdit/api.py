@@ -237,7 +237,7 @@ def observe(
             prompts, steps, guidance_scale, arguments, config.seed, show_progress, hold_out, batch_size
         )
     recorders = {
-        name: StepRecorder(config.seed, lambda observer=observer: observer.is_held_out)
+        name: StepRecorder(config.seed, lambda observer=observer: observer.is_held_out, observer.end_step)
         for name, observer in observers.items()
     }
     attention.start()  # now, so that a process's first calibration sees what later ones see

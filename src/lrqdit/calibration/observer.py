@@ -51,7 +51,8 @@ class Sampling:
         seed: of the token choice.
         moment_bytes: memory for second moments, given to the inputs in the order in which they are first seen.
         held_out_every: if not 0, every so many calls of the module one is held out.
-        gradient_every: if not 0, every so many calls of the module one is differentiated, unless it is held out.
+        gradient_every: if not 0, every so many calls of the module one is differentiated, unless it is held out. Where
+            a step has a multiple of so many calls, as guidance in two calls has, another of them each time.
     """
 
     reservoir_size: int
@@ -77,6 +78,7 @@ class Observer:
         self._module, self._sampling, self._calls = module, sampling, 0
         self._gradient_every, self._is_differentiating, self._gradient_calls = sampling.gradient_every, False, 0
         self._generator, self._pictures = torch.Generator().manual_seed(sampling.seed), 1
+        self._steps, self._calls_in_step, self._calls_a_step = 0, 0, 1
         self._layers = {name: module.get_submodule(name) for name in names}
         self._moment_bytes_left = sampling.moment_bytes
         self.is_held_out = False
@@ -111,6 +113,11 @@ class Observer:
             handle.remove()
         self._handles, self._last = [], None
 
+    def end_step(self) -> None:
+        """Note that the calls since the last time were one denoising step."""
+        if self._calls_in_step:
+            self._steps, self._calls_a_step, self._calls_in_step = self._steps + 1, self._calls_in_step, 0
+
     def _see(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
         if isinstance(self._layers[name], nn.Conv2d):  # a 1 x 1 convolution has its channels before the pixels
             seen = self._see_tokens(name, x.movedim(-3, -1), y.movedim(-3, -1))
@@ -134,7 +141,9 @@ class Observer:
         if self._is_differentiating or self.is_held_out or not self._gradient_every:
             return
         self._gradient_calls += 1
-        if self._gradient_calls % self._gradient_every != 0:
+        self._calls_in_step += 1
+        shift = self._steps if self._calls_a_step % self._gradient_every == 0 else 0
+        if (self._gradient_calls + shift) % self._gradient_every != 0:
             return
         self._pictures = count_pictures(arguments, keywords)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

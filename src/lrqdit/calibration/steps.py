@@ -92,9 +92,11 @@ class Calibration:
 class StepRecorder:
     """Collects steps of one module: the last two of each run of the denoising loop, of a few runs chosen by chance."""
 
-    def __init__(self, seed: int, is_held_out: Callable[[], bool]) -> None:
+    def __init__(
+        self, seed: int, is_held_out: Callable[[], bool], on_step: Callable[[], object] = lambda: None
+    ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._is_held_out = is_held_out
+        self._is_held_out, self._on_step = is_held_out, on_step
         self._calls: list[tuple[Call | None, Tensor]] = []
         self._last: collections.deque[tuple[Step, int]] = collections.deque(maxlen=LAST_STEPS)
         self._rank = False, 0.0
@@ -110,6 +112,7 @@ class StepRecorder:
 
     def end_step(self, given: Tensor | None) -> None:
         """The calls so far were one step, from which the scheduler was given a tensor, if there is a scheduler."""
+        self._on_step()
         calls = [call for call, _ in self._calls if call is not None]
         outputs = [output for _, output in self._calls]
         if calls and len(calls) == len(outputs):
