@@ -134,23 +134,7 @@ def test_from_pipe_shares_the_quantized_transformer():
 
 def load_ip_adapter(pipeline) -> None:
     """One of random weights, as load_ip_adapter leaves it."""
-    model, generator = pipeline.transformer, torch.Generator().manual_seed(7)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * 0.1
-
-    width, text = model.inner_dim, model.config.joint_attention_dim
-    keys = {
-        f"{index}.{name}.{leaf}": random(*shape)
-        for index in range(model.config.num_layers)
-        for name in ("to_k_ip", "to_v_ip")
-        for leaf, shape in (("weight", (width, text)), ("bias", (width,)))
-    }
-    projection = {
-        "proj.weight": random(4 * text, 32), "proj.bias": random(4 * text), "norm.weight": 1 + random(text),
-        "norm.bias": random(text),
-    }  # fmt: skip
-    model._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}])
+    pipeline.transformer._load_ip_adapter_weights([tiny.ip_adapter(pipeline.transformer)])
 
 
 EMBEDS = {

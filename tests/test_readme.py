@@ -27,7 +27,8 @@ def save_flux(folder: Path, dtype: torch.dtype) -> str:
 def test_the_lines_run_as_written(model, tmp_path, monkeypatch, capsys):
     assert CODE is not None
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("snowman\n")  # one: FLUX's default are 28 steps of 4,096 tokens
+    tiny.make_flux_small(monkeypatch)
+    (tmp_path / "prompts.txt").write_text("snowman\n")
     source = str(find_model()) if model == "demo" else save_flux(tmp_path / "model", getattr(torch, model))
     code = CODE[1].replace('"MODEL"', repr(source))
     with warnings.catch_warnings():

@@ -1,5 +1,6 @@
 """Complete pipelines of random weights, small enough to run in a fraction of a second; no file is needed for them."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -76,6 +77,42 @@ def flux(kind: Any = diffusers.FluxPipeline, transformer: nn.Module | None = Non
         diffusers.FlowMatchEulerDiscreteScheduler(), _vae(), CLIPTextModel(CLIPTextConfig(**_CLIP)).eval(),
         _clip_tokenizer(), _t5(), ByT5Tokenizer(), transformer or flux_transformer(layers), **rest,
     )  # fmt: skip
+
+
+def make_flux_small(monkeypatch) -> None:
+    """Let FLUX pipelines make pictures of 32 x 32 pixels where no size is given, instead of 4,096 tokens."""
+    for kind in (diffusers.FluxPipeline, diffusers.FluxImg2ImgPipeline, diffusers.FluxControlNetPipeline):
+        monkeypatch.setattr(kind, "__init__", _with_small_default(kind.__init__))
+
+
+def _with_small_default(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def __init__(self: Any, *arguments: Any, **keywords: Any) -> None:
+        plain(self, *arguments, **keywords)
+        self.default_sample_size = 16
+
+    return __init__
+
+
+def ip_adapter(model: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The two parts of an IP-Adapter of random weights for a FLUX transformer."""
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    width, text = model.inner_dim, model.config.joint_attention_dim
+    keys = {
+        f"{index}.{name}.{leaf}": random(*shape)
+        for index in range(model.config.num_layers)
+        for name in ("to_k_ip", "to_v_ip")
+        for leaf, shape in (("weight", (width, text)), ("bias", (width,)))
+    }
+    projection = {
+        "proj.weight": random(4 * text, 32), "proj.bias": random(4 * text), "norm.weight": 1 + random(text),
+        "norm.bias": random(text),
+    }  # fmt: skip
+    return {"image_proj": projection, "ip_adapter": keys}
 
 
 def flux_controlnet() -> diffusers.FluxControlNetModel:
