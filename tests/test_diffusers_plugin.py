@@ -14,7 +14,7 @@ from conftest import build_tiny_pipeline
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, PixArtTransformer2DModel
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY_MODELS, build_model, run_model
+from tiny_transformers import build_model, run_model
 from torch import nn
 
 import lrqdit
@@ -24,6 +24,10 @@ from lrqdit.integrations.diffusers import LRQDiTConfig, LRQDiTQuantizer
 from lrqdit.packed.linear import QuantLinear
 
 FAST = {"rotation": "hadamard", "smoothing": "never", "show_progress": False}
+EIGHT = (
+    "PixArtTransformer2DModel", "FluxTransformer2DModel", "LatteTransformer3DModel", "SD3Transformer2DModel",
+    "SanaTransformer2DModel", "CogVideoXTransformer3DModel", "WanTransformer3DModel", "HunyuanVideoTransformer3DModel",
+)  # fmt: skip
 PIXART = "PixArtTransformer2DModel"
 
 
@@ -66,7 +70,7 @@ def edit_config(folder, edit):
 
 
 @pytest.mark.parametrize(("preset", "limit"), [("w4a8", 0.15), ("w3a4", 0.6)])
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", EIGHT)
 def test_every_architecture(name, preset, limit, tmp_path):
     model = build_model(name)
     y = run_model(model)
@@ -192,7 +196,7 @@ def test_a_fresh_process_needs_our_import_only(saved, tmp_path):
     code = (
         "import sys, torch, lrqdit\n"
         "from diffusers import PixArtTransformer2DModel\n"
-        "from tiny_models import run_model\n"
+        "from tiny_transformers import run_model\n"
         "torch.set_num_threads(1)\n"
         "model = PixArtTransformer2DModel.from_pretrained(sys.argv[1])\n"
         "assert torch.equal(run_model(model), torch.load(sys.argv[2]))\n"
@@ -432,7 +436,7 @@ def test_registration():
 def test_compile(saved):
     model = load(saved[0])
     compiled = torch.compile(model.transformer_blocks[0].ff, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(compiled(x), model.transformer_blocks[0].ff(x))
 

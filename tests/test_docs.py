@@ -3,7 +3,7 @@ import re
 import diffusers
 import pytest
 import torch
-from tiny_transformers import build
+from tiny_transformers import build_model
 
 import lrqdit
 from benchmarks import chart, models_table
@@ -40,7 +40,7 @@ def test_table_of_models_is_up_to_date():
 
 @pytest.mark.parametrize("preset", models_table.PRESETS)
 def test_true_bits_of_the_table(preset):
-    model = build("QwenImageTransformer2DModel").to(torch.bfloat16)
+    model = build_model("QwenImageTransformer2DModel").to(torch.bfloat16)
     expected = models_table.true_bits(model, preset)
     assert lrqdit.quantize(model, preset, is_calibrated=False, show_progress=False).size.true_bits == expected
 

@@ -6,7 +6,7 @@ import warnings
 import diffusers
 import pytest
 import torch
-from tiny_transformers import TINY, build, run
+from tiny_transformers import TINY, build_model, run
 
 import lrqdit
 from benchmarks.models_table import transformer_classes
@@ -35,7 +35,7 @@ def _as_users_run():
 
 @functools.cache
 def exact(name):
-    return run(build(name))
+    return run(build_model(name))
 
 
 def relative_error(got, wanted):
@@ -55,7 +55,7 @@ def test_every_class_has_a_tiny_model():
 @CLASSES
 def test_modulation_is_what_reads_one_token_a_picture(name):
     """Seen while it runs: weight-only layers read one token of each of two pictures, low-bit layers more."""
-    model, tokens = build(name), {}
+    model, tokens = build_model(name), {}
 
     def note(layer_name, x):
         tokens[layer_name] = x.numel() // layers[layer_name].in_features
@@ -73,7 +73,7 @@ def test_modulation_is_what_reads_one_token_a_picture(name):
 
 @CLASSES
 def test_without_data(name, tmp_path):
-    model = build(name)
+    model = build_model(name)
     model.save_pretrained(tmp_path / "float")
     lrqdit.quantize(model, "w4a8", is_calibrated=False, show_progress=False)
     output = run(model)
@@ -92,7 +92,7 @@ def test_without_data(name, tmp_path):
 
 @CLASSES
 def test_with_data(name, tmp_path):
-    model = build(name)
+    model = build_model(name)
     settings = {"show_progress": False, **SETTINGS}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -111,7 +111,7 @@ def test_with_data(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "MiniMaxH3Transformer3DModel"])
 def test_what_diffusers_keeps_in_float32_is_loaded_in_float32(name, tmp_path):
-    model = build(name)
+    model = build_model(name)
     lrqdit.quantize(model, "w4a8", is_calibrated=False, show_progress=False)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
@@ -122,7 +122,7 @@ def test_what_diffusers_keeps_in_float32_is_loaded_in_float32(name, tmp_path):
 
 def test_what_is_no_matrix_is_counted(tmp_path):
     """The experts of Nucleus-Image are tensors of three dimensions: the report and `lrqdit inspect` say so."""
-    model = build("NucleusMoEImageTransformer2DModel")
+    model = build_model("NucleusMoEImageTransformer2DModel")
     experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name and p.ndim == 3)
     parameters = sum(p.numel() for p in model.parameters())
     size = lrqdit.quantize(model, "w4a8", is_calibrated=False, show_progress=False).size

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from tiny_transformers import build, run
+from tiny_transformers import build_model, run
 from torch import nn
 
 import lrqdit
@@ -108,7 +108,7 @@ def test_only_named_convolutions_count():
 def test_an_unfinished_run_of_sana_continues(tmp_path):
     digests = []
     for _ in range(2):  # the second reads what the first kept
-        model = build("SanaTransformer2DModel")
+        model = build_model("SanaTransformer2DModel")
         with torch.no_grad():
             lrqdit.quantize(model, "w4a8", forward_loop=run, resume_folder=tmp_path, **FAST)
             digests.append(run(model))
@@ -118,7 +118,7 @@ def test_an_unfinished_run_of_sana_continues(tmp_path):
 
 
 def test_measured_sensitivity_puts_convolutions_back():
-    model = build("SanaTransformer2DModel")
+    model = build_model("SanaTransformer2DModel")
     with torch.no_grad():
         lrqdit.quantize(model, "w4a8", forward_loop=run, sensitivity="measured", **FAST)
         assert run(model).isfinite().all()

@@ -5,7 +5,7 @@ import torch
 from conftest import build_tiny_pipeline, linear_format
 from diffusers import DiffusionPipeline
 from test_quantize import FAST, assert_untouched, build, count_fits, random, run, snapshot, state_digest
-from tiny_models import build_model, run_model
+from tiny_transformers import build_model, run_model
 from torch import nn
 from typer.testing import CliRunner
 

@@ -13,10 +13,12 @@ from tiny_pictures import PICTURES
 from tiny_videos import VIDEOS
 from torch import Tensor, nn
 
+from lrqdit.calibration.observer import float_tensors
+
 TINY = PICTURES | VIDEOS
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
+def build_model(name: str, seed: int = 0) -> nn.Module:
     """A model of a class in :data:`TINY`, every weight random (diffusers sets some to zero, and experts not at all)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -27,8 +29,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
     return model
 
 
-def run(model: Any, seed: int = 1) -> Tensor:
-    """All float outputs of one call end to end, float32."""
+def call(model: Any, seed: int = 1) -> Any:
+    """What a model of :data:`TINY` returns for its inputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def fill(value: Any) -> Any:
@@ -43,14 +45,15 @@ def run(model: Any, seed: int = 1) -> Tensor:
     arguments = fill(TINY[type(model).__name__].inputs())
     if "return_dict" in inspect.signature(model.forward).parameters:
         arguments["return_dict"] = False
-    outputs: list[Tensor] = []
+    return model(**arguments)
 
-    def collect(value: Any) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            outputs.append(value.detach().float().flatten())
-        elif isinstance(value, list | tuple):
-            for part in value:
-                collect(part)
 
-    collect(model(**arguments))
-    return torch.cat(outputs)
+def run(model: Any, seed: int = 1) -> Tensor:
+    """All float outputs of one call end to end, float32."""
+    return torch.cat([output.detach().float().flatten() for output in float_tensors(call(model, seed))])
+
+
+@torch.no_grad()
+def run_model(model: Any) -> Tensor:
+    """The first output of one call, in its own dtype."""
+    return next(float_tensors(call(model)))
