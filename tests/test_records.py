@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import tiny_pipelines as tiny
 import torch
-from diffusers.pipelines.wan import pipeline_wan_i2v
+from diffusers.pipelines.wan import pipeline_wan_i2v, pipeline_wan_video2video
 from PIL import Image
 from test_cli import fail, picture_size, succeed
 
 import lrqdit
 from lrqdit.errors import ConfigError, ModelError
+from lrqdit.integrations import records
 from lrqdit.integrations.records import picture_arguments, read_records
 
 KONTEXT = {**tiny.FLUX_CALL, "max_area": 1024, "_auto_resize": False}
@@ -89,10 +90,10 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_record_brings_its_own_pictures(name, tmp_path, pictures, calls):
     pipeline, call, names = build(name)
-    records = [{"prompt": f"number {i}", **dict.fromkeys(names, path), "seed": i} for i, path in enumerate(pictures)]
+    given = [{"prompt": f"number {i}", **dict.fromkeys(names, path), "seed": i} for i, path in enumerate(pictures)]
     seen = calls(type(pipeline))
     found = lrqdit.observe(
-        pipeline, prompts=read_records(write(tmp_path, *records)), steps=3, arguments=call, show_progress=False
+        pipeline, prompts=read_records(write(tmp_path, *given)), steps=3, arguments=call, show_progress=False
     )
     assert [keywords["prompt"] for keywords in seen] == [f"number {i}" for i in range(4)]
     for index, keywords in enumerate(seen):
@@ -193,8 +194,36 @@ def test_a_list_gives_several_pictures(tmp_path, pictures, calls):
     assert seen[0]["negative_prompt"] == "a dog" and seen[0]["true_cfg_scale"] == 2.0
 
 
+@pytest.mark.parametrize("is_one_file", [True, False])
+def test_a_video_is_a_file_or_a_list_of_frames(is_one_file, tmp_path, calls, monkeypatch):
+    frames = [noise(i) for i in range(5)]
+    for index, frame in enumerate(frames):
+        frame.save(tmp_path / f"{index}.png")
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(pipeline_wan_video2video, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    pipeline = tiny.wan(diffusers.WanVideoToVideoPipeline)
+    seen = calls(diffusers.WanVideoToVideoPipeline)
+    video = "clip.gif" if is_one_file else [f"{index}.png" for index in range(5)]
+    call = {"height": 32, "width": 32, "max_sequence_length": 16}
+    file = write(tmp_path, {"prompt": "a fox", "video": video})
+    lrqdit.observe(pipeline, prompts=read_records(file), steps=3, arguments=call, show_progress=False)
+    found = seen[0]["video"]
+    assert [(frame.mode, frame.size) for frame in found] == [("RGB", (32, 32))] * 5
+    if not is_one_file:  # a GIF has 256 colours
+        assert all(np.array_equal(one, two) for one, two in zip(found, frames, strict=True))
+    with pytest.raises(ModelError, match="WanVideoToVideoPipeline needs video"):
+        lrqdit.observe(pipeline, prompts=["a fox"], steps=3, arguments=call, show_progress=False)
+
+
+def test_a_video_that_needs_another_package_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="clip.mp4' needs imageio .* or give a list of frames"):
+        read_records(write(tmp_path, {"prompt": "a", "video": "clip.mp4"}))
+
+
 @pytest.mark.parametrize(
-    "records, message",
+    "lines, message",
     [
         ([{"image": "photos/0.png"}], "line 3 is neither a text nor a record with a text under prompt"),
         ([{"prompt": 3}], "line 3 is neither"),
@@ -205,9 +234,9 @@ def test_a_list_gives_several_pictures(tmp_path, pictures, calls):
         ([{"prompt": "a"}, "b"], "line 4 is neither"),
     ],
 )
-def test_bad_records_are_named(records, message, tmp_path, pictures):
-    file = write(tmp_path, *records)
-    if not isinstance(records[0], dict):
+def test_bad_records_are_named(lines, message, tmp_path, pictures):
+    file = write(tmp_path, *lines)
+    if not isinstance(lines[0], dict):
         file.write_text('{"prompt": "a"}\n\n["a fox"]')
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_records(file)

@@ -5,6 +5,7 @@ it snow", "image": "house.png", "seed": 3}``. A text under an argument that take
 paths gives several. Files are opened when their record runs.
 """
 
+import importlib.util
 import json
 import logging
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image, load_video
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from lrqdit.errors import ConfigError, ModelError, first_line
 from lrqdit.models.registry import call_parameters, denoisers
@@ -164,6 +165,11 @@ def _with_paths(record: Mapping[str, Any], where: str, folder: Path | None = Non
             raise ConfigError(
                 f"{where}: {name}={str(value)!r} cannot be read as a picture: {first_line(error)}"
             ) from error
+        if _is_video(name, path) and path.suffix.lower() != ".gif" and importlib.util.find_spec("imageio") is None:
+            raise ConfigError(
+                f"{where}: {name}={str(value)!r} needs imageio to be read; pip install imageio imageio-ffmpeg, or give "
+                "a list of frames"
+            )
         return path.absolute()
 
     return {name: find(value, name) if is_picture(name) else value for name, value in record.items()}
@@ -185,7 +191,10 @@ def load_pictures(pipeline: DiffusionPipeline, record: Mapping[str, Any]) -> Rec
         if not isinstance(value, Path):
             return value
         if _is_video(name, value):
-            return load_video(str(value))
+            if value.suffix.lower() != ".gif":
+                return load_video(str(value))
+            with Image.open(value) as video:
+                return [frame.convert("RGB") for frame in ImageSequence.Iterator(video)]
         return load_image(str(value), (lambda picture: picture.convert("RGBA")) if has_alpha else None)
 
     return {name: load(value, name) for name, value in record.items()}
