@@ -51,6 +51,13 @@ class Source:
         """Where the denoiser's ``config.json`` is."""
         return self.folder / self.component if self.is_pipeline else self.folder
 
+    @property
+    def pipeline_class(self) -> type[DiffusionPipeline] | None:
+        """The pipeline's class; None where diffusers has none of its name."""
+        name = files.read_json(self.folder / "model_index.json").get("_class_name")
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+        return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """The float dtype that most elements of each component, or of the model by itself, are stored in."""
         found = pipelines.stored_dtypes(self.folder, self.variant) if self.is_pipeline else {}

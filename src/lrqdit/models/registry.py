@@ -195,9 +195,10 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """The parameters of a pipeline's call by name; of the class above, too, where one passes keywords on."""
+    """The parameters of the call of a pipeline, or of its class, by name; of the class above, too, where one passes
+    keywords on."""
     found: dict[str, inspect.Parameter] = {}
-    for kind in type(pipeline).__mro__:
+    for kind in (pipeline if isinstance(pipeline, type) else type(pipeline)).__mro__:
         if "__call__" in vars(kind):
             parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
             found |= {p.name: p for p in parameters if p.name not in found}
