@@ -18,7 +18,7 @@ from lrqdit.calibration.runs import RunFolder, describe_run
 from lrqdit.calibration.steps import Calibration, StepRecorder, recorded_steps
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError
-from lrqdit.fitting.bits import Probe, Rest, check_budget
+from lrqdit.fitting.bits import Probe, Rest, check_budget, check_observed
 from lrqdit.fitting.job import Job
 from lrqdit.fitting.layer import check_finite
 from lrqdit.fitting.reports import CalibrationReport, GroupReport
@@ -132,6 +132,7 @@ def quantize(
             )  # fmt: skip
             for name, folder in folders.items() if observed is not kept else ():
                 folder.save_calibration(observed[name])
+        check_observed(observed, config)
         calibrated = time.monotonic()
         reports: list[GroupReport] = []
         # nothing is replaced before everything is fitted: a failed run leaves the model as it was
