@@ -41,7 +41,8 @@ def test_a_call_runs_again():
     model, x = Double(), random(2, 3)
     call = Call.record((x,), {"factor": 3.0, "options": {"pair": (None, [x, "text", True])}})
     x.add_(1)  # what is kept is a copy
-    assert torch.equal(call.run(model), model(x - 1, 3.0)["sample"][0])
+    output, echoed = call.run(model)
+    assert torch.equal(output, model(x - 1, 3.0)["sample"][0]) and torch.equal(echoed, x - 1)
     assert Call.record((x,), {"options": object()}) is None
     assert Call.record((x, {1: x}), {}) is None
 
@@ -87,6 +88,25 @@ def test_guidance_is_found(is_batched):
         assert step.weights == pytest.approx((-2.0, 3.0)) and step.shape == (2, 2)
         output = step.run(model)
         assert any(torch.allclose(output, given, atol=1e-5) for i, given in enumerate(shown) if i % 5 >= 3)
+
+
+def test_further_outputs_count_by_their_mean_square():
+    class Two(Double):
+        def forward(self, x):
+            return self.linear(x), None, self.linear(x[:1])[:, :1] + 1
+
+    model, scheduler = Two(), Scheduler()
+
+    def loop():
+        scheduler.set_timesteps(2)
+        for t in range(2):
+            scheduler.step(2 * model(random(4, 3, seed=t))[0], t)
+
+    for step in record(model, loop, scheduler):
+        picture, _, sound = model(step.calls[0].tensors[0])
+        output = step.run(model).detach()
+        torch.testing.assert_close(output[:12], 2 * picture.flatten())
+        assert float(output[12:].square().mean()) == pytest.approx(12 * float(sound.detach().square().mean()))
 
 
 def test_what_is_no_combination_is_kept_as_it_is():

@@ -11,6 +11,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrqdit.calibration.observer import first_float
+from lrqdit.calibration.observer import first_float, float_tensors
 from lrqdit.calibration.statistics import InputGroup
 
 LAST_STEPS = 2
@@ -43,12 +44,11 @@ class Call:
         except TypeError:
             return None
 
-    def run(self, module: nn.Module) -> Tensor:
-        """The first float tensor that the module returns."""
+    def run(self, module: nn.Module) -> list[Tensor]:
+        """The float tensors that the module returns, in float32."""
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         arguments, keywords = _unflatten(self.structure, [tensor.to(device) for tensor in self.tensors])
-        found = first_float(module(*arguments, **keywords))
-        return torch.empty(0, dtype=torch.float32) if found is None else found
+        return [output.float() for output in float_tensors(module(*arguments, **keywords))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +67,25 @@ class Step:
     shape: tuple[int, ...] = ()
 
     def run(self, module: nn.Module) -> Tensor:
-        """The step's output as the scheduler sees it, or the plain outputs end to end; float32."""
-        outputs = [call.run(module).float() for call in self.calls]
-        if not self.weights:
-            return torch.cat([output.flatten() for output in outputs])
-        parts = _split(outputs, self.shape)
-        weights = torch.tensor(self.weights, dtype=torch.float32, device=parts.device)
-        return torch.tensordot(weights, parts, dims=1)
+        """The step's output as the scheduler sees it, or the calls' first outputs end to end; float32.
+
+        Further outputs of the model, such as sound, stand behind it, each scaled to count by its mean square.
+        """
+        outputs = [found for call in self.calls if (found := call.run(module))]
+        first = [found[0] for found in outputs]
+        further = [
+            part.flatten() * math.sqrt(found[0].numel() / part.numel())
+            for found in outputs
+            for part in found[1:]
+            if part.numel()
+        ]
+        if self.weights:
+            parts = _split(first, self.shape)
+            weights = torch.tensor(self.weights, dtype=torch.float32, device=parts.device)
+            combined = torch.tensordot(weights, parts, dims=1)
+        else:
+            combined = torch.cat([torch.empty(0, dtype=torch.float32), *(output.flatten() for output in first)])
+        return torch.cat([combined.flatten(), *further]) if further else combined
 
 
 @dataclasses.dataclass(frozen=True)
