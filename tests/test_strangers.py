@@ -118,9 +118,13 @@ def test_pickles_are_refused_before_anything_is_written(is_pipeline, quantized, 
 def test_a_mistyped_component_is_warned_of(tmp_path, caplog):
     tiny.flux().save_pretrained(tmp_path)
     config = diffusers.PipelineQuantizationConfig(quant_mapping={"transformr": lrqdit.LRQDiTConfig("w4a8")})
-    diffusers.utils.logging.enable_propagation()
+    logging = diffusers.utils.logging
+    before = logging.get_verbosity()
+    logging.enable_propagation()
+    logging.set_verbosity_warning()  # the command line's tests have it at errors alone
     try:
         diffusers.FluxPipeline.from_pretrained(tmp_path, quantization_config=config)
     finally:
-        diffusers.utils.logging.disable_propagation()
+        logging.disable_propagation()
+        logging.set_verbosity(before)
     assert "{'transformr'} will be ignored" in caplog.text
