@@ -193,6 +193,23 @@ def test_a_list_gives_several_pictures(tmp_path, pictures, calls):
     assert seen[0]["negative_prompt"] == "a dog" and seen[0]["true_cfg_scale"] == 2.0
 
 
+def test_qwen_image_edit(monkeypatch, tmp_path, pictures, calls):
+    pipeline = tiny.qwen_image_edit(monkeypatch)
+    with pytest.raises(ModelError, match="QwenImageEditPipeline needs image"):
+        lrqdit.quantize(pipeline, prompts=["make it snow"], show_progress=False)
+
+    def draw():
+        pipeline.set_progress_bar_config(disable=True)
+        call = {"num_inference_steps": 4, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+        return pipeline(prompt="make it rain", image=noise(9), **call).images
+
+    exact, seen = draw(), calls(diffusers.QwenImageEditPipeline)
+    prompts = read_records(write(tmp_path, *({"prompt": "make it snow", "image": path} for path in pictures)))
+    lrqdit.quantize(pipeline, "w4a8", prompts=prompts, steps=4, show_progress=False)
+    assert all(np.array_equal(call["image"], noise(index)) for index, call in enumerate(seen)) and len(seen) == 4
+    assert 0 < float((draw() - exact).norm() / exact.norm()) < 0.15
+
+
 @pytest.mark.parametrize("is_one_file", [True, False])
 def test_a_video_is_a_file_or_a_list_of_frames(is_one_file, tmp_path, calls, monkeypatch):
     frames = [noise(i) for i in range(5)]

@@ -200,3 +200,27 @@ def cogvideox(kind: Any = diffusers.CogVideoXPipeline, in_channels: int = 4) -> 
         temporal_compression_ratio=4, max_text_seq_length=16, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     return kind(ByT5Tokenizer(), _t5(), vae.eval(), randomize(transformer), diffusers.CogVideoXDDIMScheduler())
+
+
+def qwen_image_edit(monkeypatch) -> Any:
+    """Qwen-Image-Edit, whose text encoder needs files: its embeddings of text and picture are random ones instead."""
+    torch.manual_seed(0)
+    module = diffusers.pipelines.qwenimage.pipeline_qwenimage_edit
+
+    def embed(self: Any, prompt: Any, image: Any = None, device: Any = None, dtype: Any = None) -> Any:
+        generator = torch.Generator().manual_seed(len(str(prompt)))
+        return torch.randn(1, 6, 32, generator=generator), torch.ones(1, 6, dtype=torch.long)
+
+    monkeypatch.setattr(diffusers.QwenImageEditPipeline, "_get_qwen_prompt_embeds", embed)
+    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: (32, 32, None))
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=32, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    return diffusers.QwenImageEditPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(), vae.eval(), None, None, None, randomize(transformer)
+    )
