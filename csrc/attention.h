@@ -12,6 +12,8 @@
 namespace lrq {
 namespace LRQ_ISA {
 
+constexpr float LOG2_E = 1.44269504f, LOWEST = -3.40282347e38f;
+
 #if defined(__AVX512BF16__)
 constexpr int SIDE = 6;                       // keys, or channels, that meet the same registers: a strip
 constexpr int QUERIES = 64;                   // of a block: its 4 registers times SIDE are 24 registers of sums
@@ -19,7 +21,6 @@ constexpr int64_t BLOCK_STRIPS = 16;          // of keys: the scores of a block 
 constexpr int64_t SEGMENT_BYTES = 384 << 10;  // of the keys and values that are repacked at a time
 constexpr int64_t CHUNK_BLOCKS = 16;          // blocks of queries, at most, that share a repacked segment
 constexpr int NO_MASK = 0, MASK_BY_KEY = 1, MASK_BY_PAIR = 2;
-constexpr float LOG2_E = 1.44269504f, LOWEST = -3.40282347e38f;
 
 // 2^x for x <= 0, correct to 13 bits, exact at 0. NaN stays NaN.
 LRQ_INLINE __m512 exp2_of(__m512 x) {
@@ -372,7 +373,6 @@ inline void attend_all(const lrq_attention &a, int threads) {
         }
     });
 }
-constexpr auto attend = &attend_all;
 
 // Repeats products of pairs on registers alone, the most the hardware can do; returns the number of operations.
 inline int64_t repeat_all_pairs(int64_t iterations) {
@@ -393,10 +393,6 @@ inline int64_t repeat_all_pairs(int64_t iterations) {
     });
     return iterations * SIDE * 4 * 64;
 }
-constexpr auto repeat_pairs = &repeat_all_pairs;
-#else
-constexpr int64_t (*repeat_pairs)(int64_t iterations) = nullptr;
-constexpr void (*attend)(const lrq_attention &, int threads) = nullptr;
 #endif
 
 }  // namespace LRQ_ISA

@@ -1,7 +1,7 @@
 // All kernels of one instruction set, LRQ_ISA; compiled once for each with its own flags.
-#include "attention.h"
 #include "few_tokens.h"
 #include "fit.h"
+#include "tile_attention.h"
 #include "transform.h"
 #include "trellis.h"
 #include "weight_only.h"

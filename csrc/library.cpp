@@ -265,7 +265,7 @@ void check(const lrq_attention *a, int threads) {
     require(a->width > 0 && a->width <= LRQ_MAX_HEAD_WIDTH, "attention: the width is out of range");
     require(a->width % 2 == 0, "attention: the width must be even");
     require(!a->mask || a->mask_type == LRQ_FLOAT32 || a->mask_type == LRQ_BFLOAT16, "attention: unknown mask_type");
-    require(kernels().has_pairs, "attention: the instruction set in use has none");
+    require(kernels().attend, "attention: the instruction set in use has none");
 }
 
 void check_table(const int8_t *table, int64_t table_rows, int64_t rows) {
@@ -419,7 +419,7 @@ int lrq_repeat_dots(int64_t iterations, int threads, int64_t *operations) {
 
 int lrq_repeat_pairs(int64_t iterations, int threads, int64_t *operations) {
     return guarded([&] {
-        require(kernels().has_pairs, "the instruction set in use has no products of bfloat16");
+        require(kernels().repeat_pairs, "the instruction set in use has no products of bfloat16");
         std::atomic<int64_t> total{0};
         parallel_for(threads, threads, [&](int64_t) { total += kernels().repeat_pairs(iterations); });
         *operations = total;

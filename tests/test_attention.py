@@ -361,8 +361,17 @@ def test_the_first_quantized_model_switches_it_on(caplog):
     assert attention.current() == "torch" and "chosen in this process" in attention.describe()
 
 
+@pytest.fixture
+def without_tiles():
+    """Our best kernels that use no AMX."""
+    before = native.LIBRARY.lrq_isa().decode()
+    native.use("avx512bf16" if before == attention.AMX else before)
+    yield
+    native.use(before)
+
+
 @needs_kernel
-def test_torch_stays_where_it_has_tiles(monkeypatch, caplog):
+def test_torch_stays_where_it_alone_has_tiles(monkeypatch, caplog, without_tiles):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     attention.start()
     assert attention.current() == "torch" and attention.describe() == f"CPU attention: torch ({SLOW_BESIDE_AMX})"
@@ -374,6 +383,21 @@ def test_torch_stays_where_it_has_tiles(monkeypatch, caplog):
     attention.switch("native")
     warning = f"{SLOW_BESIDE_AMX}; lrqdit.attention.switch('torch') goes back"
     assert [record.getMessage() for record in caplog.records] == [warning, warning]
+
+
+@needs_kernel
+def test_native_where_both_have_tiles(monkeypatch, caplog):
+    if native.instruction_sets(native.LIBRARY).get(attention.AMX, "none"):
+        pytest.skip("no AMX")
+    before = native.LIBRARY.lrq_isa().decode()
+    native.use(attention.AMX)
+    try:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+        attention.start()
+        assert attention.current() == "native" and SLOW_BESIDE_AMX not in attention.describe() and not caplog.records
+    finally:
+        attention.switch("torch")
+        native.use(before)
 
 
 def test_a_plain_checkpoint_leaves_attention_alone(tmp_path):
@@ -437,7 +461,8 @@ def test_a_process_without_a_warning(has_amx):
     command = [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT, str(has_amx)]
     child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert child.returncode == 0, child.stderr
-    assert child.stdout.split() == ["torch", "torch" if has_amx or attention.why_torch() else "native"]
+    is_beaten = has_amx and native.LIBRARY is not None and native.LIBRARY.lrq_isa().decode() != attention.AMX
+    assert child.stdout.split() == ["torch", "torch" if is_beaten or attention.why_torch() else "native"]
     assert "verrid" not in child.stderr
 
 

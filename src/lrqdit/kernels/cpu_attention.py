@@ -4,7 +4,7 @@ On the CPU that function ends in one operator of torch. :func:`switch` gives it 
 hands back to torch's whatever it does not take: other dtypes, dropout, causal masks, odd or large head sizes.
 
 ``lrqdit.quantize``, ``lrqdit.observe`` and diffusers, when it loads a quantized model, switch it on (:func:`start`) and
-log a line, unless the user chose before, ``LRQDIT_ATTENTION=torch`` is set, or the CPU has AMX.
+log a line, unless the user chose before, ``LRQDIT_ATTENTION=torch`` is set, or the CPU has AMX that our kernels do not use.
 ``lrqdit.load_checkpoint`` leaves it to :func:`switch`.
 """
 
@@ -28,7 +28,11 @@ CHOICES = ("native", "torch")
 MAX_WIDTH = 256  # of a head
 INSTRUCTION_SET = "avx512bf16"
 OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
-SLOW_BESIDE_AMX = "this CPU has AMX; on one such CPU the native attention had 0.2 to 0.4 times the speed of torch's"
+AMX = "amx"
+SLOW_BESIDE_AMX = (
+    "this CPU has AMX and our kernels do not use it now; without it, the native attention had 0.2 to 0.4 times the speed "
+    "of torch's on one such CPU"
+)
 MASK_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _Strides = ctypes.c_int64 * 3
@@ -118,7 +122,7 @@ def start() -> None:
 def describe() -> str:
     """Whose attention runs on the CPU and why not ours, one line."""
     if current() == "native":
-        return "CPU attention: native, for bfloat16 tokens" + (f"; {SLOW_BESIDE_AMX}" if _has_amx() else "")
+        return "CPU attention: native, for bfloat16 tokens" + (f"; {SLOW_BESIDE_AMX}" if _leaves_amx() else "")
     if why := why_not_by_default():
         return f"CPU attention: torch ({why})"
     if _is_chosen:
@@ -127,12 +131,14 @@ def describe() -> str:
 
 
 def _warn() -> None:
-    if _has_amx():
+    if _leaves_amx():
         _log.warning("%s; lrqdit.attention.switch('torch') goes back", SLOW_BESIDE_AMX)
 
 
-def _has_amx() -> bool:
-    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+def _leaves_amx() -> bool:
+    """Whether torch may use AMX on this CPU and our kernels do not."""
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return has_amx and native.LIBRARY is not None and native.LIBRARY.lrq_isa().decode() != AMX
 
 
 def why_not_by_default() -> str:
@@ -149,7 +155,7 @@ def why_not_by_default() -> str:
     why = why_torch()
     if wanted and why:
         raise KernelError(f"{ENVIRONMENT}={wanted}: {why}")
-    if not why and not wanted and _has_amx():
+    if not why and not wanted and _leaves_amx():
         return SLOW_BESIDE_AMX
     return why
 
