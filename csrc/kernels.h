@@ -28,7 +28,7 @@ template <class... A> struct KernelOf<int(A...)> { using type = void (*)(typenam
 
 struct Kernels {
     const char *name;
-    bool has_pairs;  // whether it multiplies pairs of bfloat16; without them attend and repeat_pairs are nullptr
+    bool has_pairs;  // whether it multiplies pairs of bfloat16 for principal parts; attend and repeat_pairs may be nullptr
     int64_t (*repeat_dots)(int64_t iterations);
     int64_t (*repeat_pairs)(int64_t iterations);
 #define LRQ_MEMBER(kernel) KernelOf<decltype(lrq_##kernel)>::type kernel;

@@ -30,6 +30,28 @@ LRQ_INLINE void multiply_pairs(__m512 (&sums)[R][V], const uint8_t *a, int64_t r
     }
 }
 
+// Transposes 16 x 16 words.
+LRQ_INLINE void transpose(__m512i *v) {
+    __m512i pairs[16], fours[16];
+    unroll<8>([&](auto i) LRQ_LAMBDA {
+        pairs[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    });
+    unroll<8>([&](auto i) LRQ_LAMBDA {
+        constexpr int from = i / 2 * 4 + i % 2;
+        fours[i / 2 * 4 + i % 2 * 2] = _mm512_unpacklo_epi64(pairs[from], pairs[from + 2]);
+        fours[i / 2 * 4 + i % 2 * 2 + 1] = _mm512_unpackhi_epi64(pairs[from], pairs[from + 2]);
+    });
+    unroll<4>([&](auto i) LRQ_LAMBDA {
+        const __m512i a = _mm512_shuffle_i32x4(fours[i], fours[4 + i], 0x88);
+        const __m512i b = _mm512_shuffle_i32x4(fours[i], fours[4 + i], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(fours[8 + i], fours[12 + i], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(fours[8 + i], fours[12 + i], 0xdd);
+        v[i] = _mm512_shuffle_i32x4(a, c, 0x88), v[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        v[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88), v[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    });
+}
+
 #else
 constexpr bool HAS_PAIRS = false;
 #endif

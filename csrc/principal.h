@@ -6,13 +6,21 @@
 #pragma once
 
 #include "pairs.h"
+#include "tiles.h"
 #include "transform.h"
 
 namespace lrq {
 namespace LRQ_ISA {
 
+// Tokens that the principal part is taken out of at a time.
+#if defined(LRQ_HAS_TILES)
+constexpr int64_t INLET_ROWS = TILE_ROWS;
+#else
+constexpr int64_t INLET_ROWS = ROWS_PER_TASK;
+#endif
+
 #if defined(__AVX512BF16__)
-constexpr int64_t MAX_RANK = LRQ_MAX_RANK, MAX_ROWS = 8;
+constexpr int64_t MAX_RANK = LRQ_MAX_RANK, MAX_ROWS = INLET_ROWS;
 
 // Pairs of entries of directions r and r + 1 of codes (rank, width), times their scales if there are any: 16 pairs from
 // entry k. Entries beyond rank or width are 0.
@@ -40,9 +48,9 @@ class Inlet {
         ready = make_ready(transform, SLOT_INLET);
         const int64_t width = transform.width, rank = p.rank;
         steps = ceil_div(rank, 2), stride = round_up(width, 32), tiles = ceil_div(width, 16);
-        padded_rank = round_up(2 * steps, SIDES);
+        padded_rank = round_up(2 * steps, SIDES), padded_steps = HAS_TILES ? TILE_ROWS : steps;
         const int64_t row_bytes = padded_rank * stride * 2;
-        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_DIRECTIONS, row_bytes + tiles * steps * 64));
+        uint8_t *memory = static_cast<uint8_t *>(scratch(SLOT_DIRECTIONS, row_bytes + tiles * padded_steps * 64));
         rows = reinterpret_cast<uint16_t *>(memory), pairs = reinterpret_cast<__m512i *>(memory + row_bytes);
         for (int64_t r = 0; r < padded_rank; ++r)
             for (int64_t k = 0; k < stride; k += 32) {
@@ -52,12 +60,13 @@ class Inlet {
                 const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
                 _mm512_storeu_si512(rows + r * stride + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
             }
+        if constexpr (HAS_TILES) arrange_rows();
         for (int64_t tile = 0; tile < tiles; ++tile)
-            for (int64_t j = 0; j < steps; ++j)
-                pairs[tile * steps + j] = load_pairs(p.inlet, nullptr, rank, width, 2 * j, 16 * tile);
+            for (int64_t j = 0; j < padded_steps; ++j)
+                pairs[tile * padded_steps + j] = load_pairs(p.inlet, nullptr, rank, width, 2 * j, 16 * tile);
     }
 
-    // Up to 8 tokens from `first`, centred, smoothed and without their principal part: float32 (count, width), valid until
+    // Up to MAX_ROWS tokens from `first`, centred, smoothed and without their principal part: float32 (count, width), valid until
     // the thread's next call. p is written.
     const float *take(int64_t first, int64_t count) const {
         const int64_t width = transform.width, floats = round_up(MAX_ROWS * width + 16, 16);
@@ -75,24 +84,92 @@ class Inlet {
                 _mm512_storeu_si512(halves + i * stride + k, (__m512i)_mm512_cvtne2ps_pbh(part(k + 16), part(k)));
             }
         }
-        alignas(64) uint16_t back[MAX_ROWS][MAX_RANK];  // - p times U's scale
+        alignas(64) uint16_t back[MAX_ROWS][MAX_RANK] = {};  // - p times U's scale
+#if defined(LRQ_HAS_TILES)
+        const Tiles held;
+        find_coordinates(halves, first, count, back);
+        subtract_all(x, back);
+        return x;
+#else
         for (int64_t i = 0; i < count; i += 4)
             for (int64_t r = 0; r < padded_rank; r += SIDES) find_coordinates(halves, first, i, count, r, back);
         int64_t tile = 0;
         for (; 16 * (tile + 3) <= width; tile += 3) subtract_part<3>(x, tile, count, back);
         for (; tile < tiles; ++tile) subtract_part<1>(x, tile, count, back);
         return x;
+#endif
     }
 
   private:
-    static constexpr int SIDES = 6;
+#if defined(LRQ_HAS_TILES)
+    static constexpr bool HAS_TILES = true;
+    static constexpr int64_t SIDES = TILE_ROWS;
+#else
+    static constexpr bool HAS_TILES = false;
+    static constexpr int64_t SIDES = 6, TILE_ROWS = 0;
+    void arrange_rows() {}
+#endif
     lrq_transform transform;
     lrq_principal principal;
     Ready ready;
-    int64_t steps, stride, tiles, padded_rank;  // steps: pairs of directions
-    uint16_t *rows;                             // U^T's codes, (padded_rank, stride)
-    __m512i *pairs;                             // the same in pairs of directions, (tiles, steps)
+    int64_t steps, stride, tiles, padded_rank, padded_steps;  // steps: pairs of directions
+    uint16_t *rows;  // U^T's codes, (padded_rank, stride); for tiles: of each 32 entries tiles of 16 directions
+    __m512i *pairs;  // the same in pairs of directions, (tiles, padded_steps)
 
+#if defined(LRQ_HAS_TILES)
+    void arrange_rows() {
+        const int64_t bytes = padded_rank * stride * 2;
+        uint8_t *copy = static_cast<uint8_t *>(scratch(SLOT_PRINCIPAL, bytes));
+        __builtin_memcpy(copy, rows, bytes);
+        for (int64_t k = 0; k < stride; k += 32)
+            for (int64_t r = 0; r < padded_rank; r += TILE_ROWS) {
+                __m512i v[16];
+                for (int64_t i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(copy + ((r + i) * stride + k) * 2);
+                transpose(v);
+                for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(rows + k * padded_rank + r * 32 + 32 * i, v[i]);
+            }
+    }
+
+    // The directions of all tokens.
+    void find_coordinates(const uint16_t *halves, int64_t first, int64_t count, uint16_t (*back)[MAX_RANK]) const {
+        alignas(64) float sums[2][2][TILE_ROWS][16];  // of even and odd steps; of 16 directions each
+        const bool is_wide = padded_rank > TILE_ROWS;
+        unroll<4>([](auto t) LRQ_LAMBDA { tile_zero<t>(); });
+        const auto step = [&](auto odd, int64_t k) LRQ_LAMBDA {
+            const uint16_t *directions = rows + k * padded_rank;
+            tile_load<4 + odd>(halves + k, 2 * stride);
+            tile_stream<6>(directions, 64), tile_pairs<2 * odd, 4 + odd, 6>();
+            if (is_wide) tile_stream<7>(directions + 32 * TILE_ROWS, 64), tile_pairs<2 * odd + 1, 4 + odd, 7>();
+        };
+        for (int64_t k = 0; k < stride; k += 64) {
+            step(std::integral_constant<int, 0>{}, k);
+            if (k + 32 < stride) step(std::integral_constant<int, 1>{}, k + 32);
+        }
+        unroll<4>([&](auto t) LRQ_LAMBDA { tile_store<t>(sums[t / 2][t % 2], 64); });
+        alignas(64) float scale[MAX_RANK] = {};
+        for (int64_t r = 0; r < principal.rank; ++r) scale[r] = principal.inlet_scale[r];
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t r = 0; r < 2 * steps; r += WIDTH) {
+                const Floats by = load<Floats>(scale + r);
+                const Floats p = (load<Floats>(sums[0][r / 16][i]) + load<Floats>(sums[1][r / 16][i])) * by;
+                store_as<LRQ_BFLOAT16>(principal.coordinates, (first + i) * 2 * steps + r, p, 2 * steps - r);
+                store(back[i] + r, to_bfloat16(from_bfloat16(to_bfloat16(p)) * -by));
+            }
+    }
+
+    // Adds `back` times the directions to x. What is read of the next row at the end of one does not change.
+    void subtract_all(float *x, const uint16_t (*back)[MAX_RANK]) const {
+        const int64_t row_bytes = 4 * transform.width;
+        tile_load<5>(back, 2 * MAX_RANK);
+        const auto part = [&](auto c, int64_t tile) LRQ_LAMBDA {
+            tile_load<c>(x + 16 * tile, row_bytes), tile_stream<6>(pairs + tile * padded_steps, 64);
+            tile_pairs<c, 5, 6>(), tile_store<c>(x + 16 * tile, row_bytes);
+        };
+        int64_t tile = 0;
+        for (; tile + 4 <= tiles; tile += 4) unroll<4>([&](auto c) LRQ_LAMBDA { part(c, tile + c); });
+        for (; tile < tiles; ++tile) part(std::integral_constant<int, 0>{}, tile);
+    }
+#else
     // Directions [r, r + SIDES) of four tokens from i.
     void find_coordinates(const uint16_t *halves, int64_t first, int64_t i, int64_t count, int64_t r,
                           uint16_t (*back)[MAX_RANK]) const {
@@ -142,6 +219,7 @@ class Inlet {
         if (count == MAX_ROWS) return some(std::integral_constant<int, MAX_ROWS>{}, 0);
         for (int64_t i = 0; i < count; ++i) some(std::integral_constant<int, 1>{}, i);
     }
+#endif
 };
 
 // Adds p C to the output.
@@ -158,11 +236,15 @@ class Outlet {
                                               2 * j, 16 * tile));
     }
 
+    // A token's p, and its bytes.
+    const uint16_t *coordinates(int64_t token) const { return principal.coordinates + token * 2 * steps; }
+    int64_t coordinate_bytes() const { return 4 * steps; }
+
     // p C for `rows` tokens from `first` and `count` packed tiles -> (rows, 16 * count).
     void multiply(const uint8_t *packed, int64_t count, int64_t first, int64_t rows, float *out) const {
-        const uint16_t *p = principal.coordinates + first * 2 * steps;
+        const uint16_t *p = coordinates(first);
         const int64_t stride = 16 * count;
-        if (count == 3 && rows == MAX_ROWS) return multiply_block<MAX_ROWS, 3>(packed, p, out, stride);
+        if (count == 3 && rows == 8) return multiply_block<8, 3>(packed, p, out, stride);
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t t = 0; t < count; ++t)
                 multiply_block<1, 1>(packed + t * tile_bytes(), p + i * 2 * steps, out + i * stride + 16 * t, stride);
@@ -192,6 +274,8 @@ struct Outlet {
     explicit Outlet(const lrq_principal &) {}
     int64_t tile_bytes() const { return 0; }
     void pack(const lrq_weight &, int64_t, uint8_t *) const {}
+    const uint16_t *coordinates(int64_t) const { return nullptr; }
+    int64_t coordinate_bytes() const { return 0; }
     void multiply(const uint8_t *, int64_t, int64_t, int64_t, float *) const {}
 };
 #endif

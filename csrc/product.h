@@ -180,7 +180,7 @@ template <class Block> class PanelProduct<Block>::Task {
     void prepare(int64_t wanted, const Lead &lead) {
         const int64_t width = product.outputs.w.in_features;
         for (; prepared < wanted; lead.publish(prepared)) {
-            const int64_t more = least(ROWS_PER_TASK, count - prepared);
+            const int64_t more = least(INLET_ROWS, count - prepared);
             if (product.rounder) product.rounder->round(first + prepared, more);
             for (const int64_t end = prepared + more; prepared < end; ++prepared) {
                 const int64_t token = first + prepared;

@@ -22,14 +22,18 @@ class Rounder {
     int64_t row_bytes() const { return source.width * (source.x_type == LRQ_FLOAT32 ? 4 : 2); }
     const uint8_t *input(int64_t row) const { return static_cast<const uint8_t *>(source.x) + row * row_bytes(); }
 
-    // Rounds `count` tokens, ROWS_PER_TASK at most, from `first`.
+    // Rounds `count` tokens, INLET_ROWS at most, from `first`.
     void round(int64_t first, int64_t count) const {
-        if (!inlet) return round_rows(ready, first, count, first);
+        const auto round_all = [&](const Ready &r, int64_t row) {
+            for (int64_t i = 0; i < count; i += ROWS_PER_TASK)
+                round_rows(r, row + i, least(ROWS_PER_TASK, count - i), first + i);
+        };
+        if (!inlet) return round_all(ready, first);
         lrq_transform taken = rest;
         taken.x = inlet->take(first, count), taken.rows = count;
         Ready own = ready;
         own.t = &taken;
-        round_rows(own, 0, count, first);
+        round_all(own, 0);
     }
 
   private:
@@ -71,9 +75,9 @@ inline void quantize_tokens(const lrq_transform &t, int bits, double clip, const
                             const lrq_principal *principal, int threads, int8_t *codes, float *scale) {
     with_inlet(t, principal, [&](const Inlet *inlet) {
         const Rounder rounder(t, bits, clip, lookup, inlet, codes, scale);
-        parallel_for(threads, ceil_div(t.rows, ROWS_PER_TASK), [&](int64_t task) {
-            const int64_t first = task * ROWS_PER_TASK;
-            rounder.round(first, least(ROWS_PER_TASK, t.rows - first));
+        parallel_for(threads, ceil_div(t.rows, INLET_ROWS), [&](int64_t task) {
+            const int64_t first = task * INLET_ROWS;
+            rounder.round(first, least(INLET_ROWS, t.rows - first));
         });
     });
 }

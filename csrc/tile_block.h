@@ -33,6 +33,7 @@ struct TileOutputs {
     const TileCoefficients *coefficients = nullptr;
     const int32_t *sums = nullptr;  // (rows, TILE_CHANNELS)
     const float *scale = nullptr;   // (rows)
+    const float *added = nullptr;   // (rows, TILE_CHANNELS), or nullptr
     uint16_t *to = nullptr;
     int64_t stride = 0, rows = 0;  // rows: not yet written
     bool is_streamed = false;      // past the caches
@@ -41,11 +42,14 @@ struct TileOutputs {
         for (count = least(count, rows); count > 0; --count) {
             Halves y[TILE_CHANNELS / WIDTH];
             unroll<TILE_CHANNELS / WIDTH>([&](auto v) LRQ_LAMBDA {
-                y[v] = to_bfloat16(scale_sums(sums + v * WIDTH, load<Floats>(coefficients->row_scale + v * WIDTH), *scale,
-                                              load<Floats>(coefficients->bias + v * WIDTH)));
+                Floats x = scale_sums(sums + v * WIDTH, load<Floats>(coefficients->row_scale + v * WIDTH), *scale,
+                                      load<Floats>(coefficients->bias + v * WIDTH));
+                if (added) x = x + load<Floats>(added + v * WIDTH);
+                y[v] = to_bfloat16(x);
             });
             store_line(y);
             --rows, sums += TILE_CHANNELS, ++scale, to += stride;
+            if (added) added += TILE_CHANNELS;
         }
     }
 
@@ -99,12 +103,12 @@ class TileBlock {
 
     void pack_panel(int64_t tile, int64_t tiles, int64_t from, int64_t to, uint8_t *panel) const {
         reinterpret_cast<TileCoefficients *>(panel)->read(outputs.w, 16 * tile);
-        uint8_t *weights = panel + sizeof(TileCoefficients);
-        for (int64_t t = 0; outputs.outlet && t < tiles; ++t, weights += outputs.outlet->tile_bytes())
-            outputs.outlet->pack(outputs.w, tile + t, weights);
+        if (outputs.outlet) __builtin_memset(panel + sizeof(TileCoefficients), 0, 2 * TILE_BYTES);
+        for (int64_t t = 0; outputs.outlet && t < tiles; ++t)
+            outputs.outlet->pack(outputs.w, tile + t, panel + sizeof(TileCoefficients) + t * TILE_BYTES);
         const int64_t bytes = 256 * (to - from), all_bytes = 256 * round_up(to - from, STEP_TILES);
         for (int64_t t = 0; t < CHANNELS / 16; ++t) {
-            weights = panel + weight_offset + t * half_bytes;
+            uint8_t *weights = panel + weight_offset + t * half_bytes;
             if (t >= tiles) {
                 __builtin_memset(weights, 0, all_bytes);
                 continue;
@@ -120,6 +124,8 @@ class TileBlock {
         const int8_t *first = codes + token * width + 16 * from;
         const int64_t inputs = least(16 * to, width) - 16 * from, all = round_up(count, TILE_ROWS);
         first_token = token, rows = count, steps = ceil_div(inputs, 64);
+        for (int64_t i = 0; outputs.outlet && i < count; ++i)
+            __builtin_memcpy(coordinates[i], outputs.outlet->coordinates(token + i), outputs.outlet->coordinate_bytes());
         part_count = steps > MOST_STEPS ? ceil_div(steps, PART_STEPS) : 1, part_steps = ceil_div(steps, part_count);
         tokens = reinterpret_cast<const uint8_t *>(first), stride = width;
         if (!is_copied && count == all) return;
@@ -142,15 +148,18 @@ class TileBlock {
             multiply_tiles<1>(weights, starts, sums);
     }
 
-    void finish(const uint8_t *panel, int64_t tile, int64_t tiles, const int32_t *sums) {
+    void finish(const uint8_t *panel, int64_t tile, int64_t, const int32_t *sums) {
         const int64_t channels = outputs.w.out_features, n = 16 * tile;
-        if (outputs.outlet || outputs.type != LRQ_BFLOAT16 || n + CHANNELS > channels) {
+        if (outputs.outlet) find_added(panel);
+        const float *more = outputs.outlet ? added : nullptr;
+        if (outputs.type != LRQ_BFLOAT16 || n + CHANNELS > channels) {
             store_sums();
-            return finish_now(panel, tile, tiles, sums);
+            return finish_channels(outputs, sums, CHANNELS, more, first_token, rows, n);
         }
         const auto *coefficients = reinterpret_cast<const TileCoefficients *>(panel);
         uint16_t *to = static_cast<uint16_t *>(outputs.to) + first_token * channels + n;
         pending.coefficients = coefficients, pending.sums = sums, pending.scale = outputs.scale + first_token;
+        pending.added = more;
         pending.to = to, pending.stride = channels, pending.rows = rows;
         pending.is_streamed = is_streaming && reinterpret_cast<uintptr_t>(to) % 64 == 0;
     }
@@ -178,18 +187,20 @@ class TileBlock {
     int32_t *held = nullptr;  // where the sums in the tiles belong; nullptr if they are there
     TileOutputs pending;
 
-    static int64_t outlet_bytes_of(const Outputs &outputs) {
-        return outputs.outlet ? round_up(CHANNELS / 16 * outputs.outlet->tile_bytes(), 64) : 0;
-    }
+    alignas(64) uint8_t coordinates[TOKENS][64] = {};  // the tokens' principal parts
+    alignas(64) float added[TOKENS * CHANNELS];        // what becomes of them in the outputs of the panel multiplied last
 
-    void finish_now(const uint8_t *panel, int64_t tile, int64_t tiles, const int32_t *sums) const {
-        alignas(64) float added[TOKENS * CHANNELS];
-        if (outputs.outlet) {
-            alignas(64) float some[TOKENS * CHANNELS];
-            outputs.outlet->multiply(panel + sizeof(TileCoefficients), tiles, first_token, rows, some);
-            for (int64_t i = 0; i < rows; ++i) __builtin_memcpy(added + i * CHANNELS, some + i * 16 * tiles, 64 * tiles);
-        }
-        finish_channels(outputs, sums, CHANNELS, outputs.outlet ? added : nullptr, first_token, rows, 16 * tile);
+    static int64_t outlet_bytes_of(const Outputs &outputs) { return outputs.outlet ? CHANNELS / 16 * TILE_BYTES : 0; }
+
+    void find_added(const uint8_t *panel) {
+        const uint8_t *directions = panel + sizeof(TileCoefficients);
+        store_sums();
+        unroll<4>([](auto t) LRQ_LAMBDA { tile_zero<t>(); });
+        tile_load<4>(coordinates[0], 64), tile_load<6>(directions, 64), tile_pairs<0, 4, 6>();
+        tile_load<7>(directions + TILE_BYTES, 64), tile_pairs<1, 4, 7>();
+        if (rows > TILE_ROWS)
+            tile_load<5>(coordinates[TILE_ROWS], 64), tile_pairs<2, 5, 6>(), tile_pairs<3, 5, 7>();
+        unroll<4>([&](auto t) LRQ_LAMBDA { tile_store<t>(added + offset_of(t), 4 * CHANNELS); });
     }
 
     // Tile of sums 2 r + c has the tokens from 16 r and the channels from 16 c.
