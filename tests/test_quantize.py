@@ -244,6 +244,44 @@ def test_a_layer_that_never_ran():
     assert_untouched(model, before)
 
 
+class Conditioned(nn.Module):
+    """Layers that modulate under names that say nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"work": nn.Linear(64, 64), "turn": nn.Linear(64, 128)})])
+
+    def forward(self, x, condition):
+        for block in self.blocks:
+            scale, shift = block["turn"](condition)[:, None].chunk(2, -1)
+            x = x + block["work"](x * scale + shift)
+        return x
+
+
+@pytest.mark.parametrize("preset", ["w3a8", "w4a16"])
+def test_what_reads_one_token_a_picture_is_weight_only(preset, tmp_path):
+    calls = [(random(2, 9, 64, seed=seed), random(2, 64, seed=50 + seed)) for seed in range(3)]
+    states = []
+    for _ in range(2):  # the second reads what the first kept
+        torch.manual_seed(0)
+        model, folder = Conditioned(), tmp_path
+        with torch.no_grad():
+            lrqdit.quantize(model, preset, forward_loop=lambda m: [m(*call) for call in calls], sensitivity="none",
+                            resume_folder=folder, **FAST)  # fmt: skip
+        work, turn = model.blocks[0]["work"].format, model.blocks[0]["turn"].format
+        assert (turn.weight_bits, turn.input.activation_bits) == (4, 16)
+        assert f"w{work.weight_bits}a{work.input.activation_bits}" == preset
+        states.append(state_digest(model))
+    assert states[0] == states[1]
+
+
+def test_rows_of_a_plain_module_are_tokens():
+    """Where every layer reads as many rows as the call has, they are no pictures of one token."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    lrqdit.quantize(model, "w4a8", forward_loop=lambda m: m(random(30, 64)), **FAST)
+    assert model[0].format.input.activation_bits == model[2].format.input.activation_bits == 8
+
+
 def test_runs_are_identical():
     digests, threads = [], torch.get_num_threads()
     try:

@@ -86,15 +86,14 @@ class Observer:
         self._last: tuple[weakref.ref, int, InputGroup] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def _count_call(self, *_: object) -> None:
-        if not self._is_differentiating:
-            every = self._sampling.held_out_every
+    def _begin_call(self, _: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+        self._pictures = count_pictures(arguments, keywords)
+        if (every := self._sampling.held_out_every) and not self._is_differentiating:
             self.is_held_out = self._calls % every == every - 1
             self._calls += 1
 
     def __enter__(self) -> "Observer":
-        if self._sampling.held_out_every:
-            self._handles.append(self._module.register_forward_pre_hook(self._count_call))
+        self._handles.append(self._module.register_forward_pre_hook(self._begin_call, with_kwargs=True))
         for name, layer in self._layers.items():
             self._handles.append(
                 layer.register_forward_hook(
@@ -145,7 +144,6 @@ class Observer:
         shift = self._steps if self._calls_a_step % self._gradient_every == 0 else 0
         if (self._gradient_calls + shift) % self._gradient_every != 0:
             return
-        self._pictures = count_pictures(arguments, keywords)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._is_differentiating = True
         try:
@@ -204,6 +202,7 @@ class Observer:
             group = InputGroup([name], copy.deepcopy(group.stats))
         self._group_of[name] = group
         group.stats.update(x, self.is_held_out)
+        group.stats.note_tokens(-(-(x.numel() // x.shape[-1]) // self._pictures))
         self._last = weakref.ref(x), version, group
 
     def groups(self) -> list[InputGroup]:

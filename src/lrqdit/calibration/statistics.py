@@ -19,10 +19,11 @@ class ActivationStats:
     Attributes:
         tokens: the reservoir, (count, channels), from held-out calls only once there are any.
         is_held_out: whether the reservoir is held out from the second moment.
+        tokens_a_picture: the most that were read of one picture in a call.
     """
 
     def __init__(self, channels: int, reservoir_size: int, seed: int, has_moment: bool = False) -> None:
-        self.token_count = 0
+        self.token_count = self.tokens_a_picture = 0
         self.channel_sum = np.zeros(channels)
         self.channel_square_sum = np.zeros(channels)
         self.channel_minimum = np.full(channels, np.inf)
@@ -54,6 +55,10 @@ class ActivationStats:
             self._sample(x)
         if self._has_moment and not is_held_out:
             self._add_moment(x)
+
+    def note_tokens(self, tokens_a_picture: int) -> None:
+        """Note how many tokens of each picture a call read."""
+        self.tokens_a_picture = max(self.tokens_a_picture, tokens_a_picture)
 
     def _add_moment(self, x: Tensor) -> None:
         if self._moment is None:  # around the mean of the first call's tokens
@@ -141,7 +146,7 @@ class ActivationStats:
         vectors = [self.channel_sum, self.channel_square_sum, self.channel_minimum, self.channel_maximum]
         assert self.tokens is not None
         tensors = {
-            "count": torch.tensor([self.token_count, int(self.is_held_out)], dtype=torch.int64),
+            "count": torch.tensor([self.token_count, int(self.is_held_out), self.tokens_a_picture], dtype=torch.int64),
             "vectors": torch.from_numpy(np.stack(vectors)),
             "tokens": self.tokens.contiguous(),
         }
@@ -156,7 +161,7 @@ class ActivationStats:
         """Statistics to read from; they cannot be updated further."""
         stats = cls(tensors["tokens"].shape[1], len(tensors["tokens"]), seed=0)
         stats.tokens = tensors["tokens"]
-        stats.token_count, stats.is_held_out = (int(n) for n in tensors["count"])
+        stats.token_count, stats.is_held_out, stats.tokens_a_picture = (int(n) for n in tensors["count"])
         stats.channel_sum, stats.channel_square_sum, stats.channel_minimum, stats.channel_maximum = (
             tensors["vectors"].numpy().copy()
         )

@@ -20,7 +20,7 @@ from lrqdit.fitting.compensate import measure_curvature
 from lrqdit.fitting.layer import FittedInput, LinearLike, quantize_linear, quantize_without_data
 from lrqdit.fitting.reports import GroupReport
 from lrqdit.fitting.transform import choose_transform, data_free_transform
-from lrqdit.models.registry import Plan, Treatment
+from lrqdit.models.registry import SMALLEST_PACKED_WEIGHTS, Plan, Treatment
 from lrqdit.numerics.tokens import InputTransform
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear
@@ -109,13 +109,19 @@ class Job:
             seen = {name for group in self.calibration.groups for name in group.names}
             pairs = [(group.names, group.stats) for group in self.calibration.groups]
             pairs += [([name], None) for name in fitted if name not in seen]
-        treatments = list(dict.fromkeys(self.plan[name] for name in fitted))
-        split = [
-            Part([name for name in names if self.plan[name] == treatment], stats, treatment)
-            for names, stats in pairs
-            for treatment in treatments
-        ]
-        return [part for part in split if part.names]
+        has_tokens = any(stats is not None and stats.tokens_a_picture > 1 for _, stats in pairs)
+        parts = []
+        for names, stats in pairs:
+            is_modulation = has_tokens and stats is not None and stats.tokens_a_picture == 1
+            treatments = {name: self._treatment(name, is_modulation) for name in names}
+            for treatment in dict.fromkeys(treatments.values()):
+                parts.append(Part([name for name in names if treatments[name] == treatment], stats, treatment))
+        return parts
+
+    def _treatment(self, name: str, is_modulation: bool) -> Treatment:
+        """That of the plan; weight-only for a large layer that was seen to read one token of each picture."""
+        is_large = self.layers[name].weight.numel() >= SMALLEST_PACKED_WEIGHTS
+        return self.plan[name].as_weight_only() if is_modulation and is_large else self.plan[name]
 
     def _keep(self, key: str, part: Part, compute: Callable[[], Fitted]) -> Fitted:
         """What ``compute`` returns, or what an earlier run kept under ``key``."""

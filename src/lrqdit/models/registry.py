@@ -2,7 +2,8 @@
 
 One file of :mod:`lrqdit.models.families` per family of architectures; a class without an entry gets :data:`GENERIC`,
 whose rule is: linear layers inside repeated blocks are quantized, those of them that modulate are weight-only, and
-everything that embeds, routes, gates by few numbers, or projects in and out is kept.
+everything that embeds, routes, gates by few numbers, or projects in and out is kept. What modulates is told by its name
+here; calibration sees it (:meth:`lrqdit.fitting.job.Job.run`).
 """
 
 import importlib
@@ -53,6 +54,11 @@ class Treatment:
     weight_bits: int
     activation_bits: int = 16
     widths: tuple[int, ...] = ()
+
+    def as_weight_only(self) -> "Treatment":
+        """The same layer with float inputs, and at least the bits that modulation needs."""
+        widths = tuple(width for width in self.widths if width >= SMALLEST_WEIGHT_ONLY_BITS)
+        return Treatment(max(SMALLEST_WEIGHT_ONLY_BITS, self.weight_bits), 16, widths)
 
     @property
     def is_fitted(self) -> bool:
@@ -132,11 +138,10 @@ def plan(module: nn.Module, config: QuantizationConfig) -> dict[str, Treatment]:
             )
     # with a budget, errors are compared at 4 bits or fewer
     bits = config.weight_bits if config.average_bits is None else min(4, config.weight_bits)
-    weight_only_bits = max(SMALLEST_WEIGHT_ONLY_BITS, bits)
-    weight_only_widths = tuple(width for width in WEIGHT_BITS if width >= SMALLEST_WEIGHT_ONLY_BITS)
+    quantized = Treatment(bits, config.activation_bits, WEIGHT_BITS)
     treatments = {
-        "quantized": Treatment(bits, config.activation_bits, WEIGHT_BITS),
-        "weight-only": Treatment(weight_only_bits, 16, weight_only_widths),
+        "quantized": quantized,
+        "weight-only": quantized.as_weight_only(),
         "kept": KEPT if config.keep_bits == 16 else Treatment(8),
         "untouched": KEPT,
     }
