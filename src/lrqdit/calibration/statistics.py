@@ -161,7 +161,8 @@ class ActivationStats:
         """Statistics to read from; they cannot be updated further."""
         stats = cls(tensors["tokens"].shape[1], len(tensors["tokens"]), seed=0)
         stats.tokens = tensors["tokens"]
-        stats.token_count, stats.is_held_out, stats.tokens_a_picture = (int(n) for n in tensors["count"])
+        counts = [*map(int, tensors["count"]), 0]  # an older folder does not say how many tokens a picture has
+        stats.token_count, stats.is_held_out, stats.tokens_a_picture = counts[:3]
         stats.channel_sum, stats.channel_square_sum, stats.channel_minimum, stats.channel_maximum = (
             tensors["vectors"].numpy().copy()
         )
