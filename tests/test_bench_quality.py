@@ -122,7 +122,7 @@ def test_seeds_follow_the_places(bench):
             return (model_output,)
 
     class Pipeline:
-        scheduler = Scheduler()
+        scheduler, components = Scheduler(), {}
 
         def set_progress_bar_config(self, disable):
             pass

@@ -17,7 +17,7 @@ from lrqdit.packed.format import describe_unpacked
 from lrqdit.packed.linear import QuantLinear
 
 MODULATED_BY_TOKEN = {"RFD4ProteinaTransformer"}
-SETTINGS = {"calibration_tokens": 64, "coding": "scalar"}  # faster; without data codes are on a trellis
+SETTINGS = {"calibration_tokens": 64}
 CLASSES = pytest.mark.parametrize("name", sorted(TINY))
 pytestmark = pytest.mark.skipif(
     tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42),

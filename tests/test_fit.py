@@ -110,7 +110,7 @@ def test_bias_of_centring():
     layer, _ = fit(weight, x, **FAST)
     offset = layer.input_transform.input_offset
     assert layer.format.has_bias and not layer.format.has_original_bias
-    torch.testing.assert_close(layer.bias.double(), weight.double() @ offset.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.folded_bias.double(), weight.double() @ offset.double(), rtol=1e-6, atol=1e-6)
     plain, _ = fit(weight, x, is_centred=False, **FAST)
     assert plain.bias is None and not plain.format.has_bias and plain.input_transform.input_offset is None
 

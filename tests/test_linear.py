@@ -16,6 +16,7 @@ from lrqdit.errors import CheckpointError, ModelError
 from lrqdit.fitting.layer import FittedInput, quantize_linear
 from lrqdit.numerics.rotation import ROTATIONS, build
 from lrqdit.numerics.tokens import InputTransform
+from lrqdit.packed.checkpoint import stored_tensors
 from lrqdit.packed.format import LinearFormat
 from lrqdit.packed.linear import QuantLinear, SharedInput
 
@@ -74,9 +75,9 @@ def count_quantizations(monkeypatch):
 
 def test_it_is_a_linear_layer():
     layer = make_layer()
-    assert isinstance(layer, nn.Linear) and not list(layer.parameters())
+    assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features) == (WIDTH, OUT)
-    assert all(not t.is_floating_point() for t in layer.state_dict().values())
+    assert all(not t.is_floating_point() for t in stored_tensors(layer.state_dict()).values())
     assert "w4a8" in repr(layer) and "rotation=hadamard" in repr(layer)
 
 
@@ -90,25 +91,56 @@ def test_weight_answers_questions():
 
 
 @pytest.mark.parametrize(
-    "compute",
+    "change",
     [
         lambda w: w.add_(1),
         lambda w: w.data.add_(1),
         lambda w: w.copy_(torch.zeros(OUT, WIDTH)),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: w.__iadd__(1.0),
+        lambda w: w.data.__isub__(1.0),
+        lambda w: nn.init.normal_(w),
+        lambda w: torch.add(torch.zeros(OUT, WIDTH), 1.0, out=w),
+        lambda w: setattr(w, "data", torch.zeros(OUT, WIDTH)),
+    ],
+)
+def test_weight_cannot_be_changed(change):
+    with pytest.raises(ModelError, match="packed and cannot be changed.*fuse_lora"):
+        change(make_layer().weight)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize(
+    "compute",
+    [
         lambda w: w + 1,
         lambda w: 1 * w,
         lambda w: w.clone(),
         lambda w: w[0],
-        lambda w: w.__setitem__(0, 1.0),
-        lambda w: torch.zeros(OUT, WIDTH).add_(w),
-        lambda w: nn.functional.linear(torch.zeros(1, WIDTH), w),
+        lambda w: w.mT if w.ndim == 2 else w.real,
+        lambda w: w.data.norm(dim=-1),
+        lambda w: torch.stack([w, w]),
+        lambda w: torch.zeros(w.shape).add_(w),
+        lambda w: nn.functional.linear(torch.ones(1, w.shape[-1]), w),
         lambda w: w.to(torch.float16),
-        lambda w: setattr(w, "data", torch.zeros(OUT, WIDTH)),
+        lambda w: w.cpu(),
+        lambda w: w.abs().max().item(),
+        copy.deepcopy,
     ],
 )
-def test_weight_refuses_arithmetic(compute):
-    with pytest.raises(ModelError, match="packed and cannot be computed with"):
-        compute(make_layer().weight)
+def test_weight_is_dequantized_where_it_is_computed_with(compute, name):
+    layer = make_layer()
+    dense = getattr(layer.to_linear(), name).detach()
+    torch.testing.assert_close(compute(getattr(layer, name)), compute(dense), rtol=0, atol=0)
+
+
+def test_a_layer_is_the_product_with_its_weight_and_bias():
+    layer, x = make_layer(activation_bits=16), random(4, WIDTH)
+    assert layer.format.input.has_offset
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
+    half = layer.to(torch.bfloat16)
+    assert half.weight.dtype == half.bias.dtype == torch.bfloat16
+    half.weight.requires_grad = False  # as PEFT does
 
 
 @pytest.mark.parametrize(
@@ -128,9 +160,9 @@ def test_changes_that_must_not_change_it(change, activation_bits):
     block = Attention(activation_bits)
     x = random(3, 5, WIDTH, seed=3)
     block.to_q(x)  # leaves codes behind, which must not travel
-    before, y = {k: v.clone() for k, v in block.state_dict().items()}, run_apart(block, x)
+    before, y = {k: v.clone() for k, v in stored_tensors(block.state_dict()).items()}, run_apart(block, x)
     changed = change(block)
-    after = changed.state_dict()
+    after = stored_tensors(changed.state_dict())
     assert before.keys() == after.keys()
     assert all(after[k].dtype == before[k].dtype and torch.equal(after[k], before[k]) for k in before)
     assert torch.equal(changed(x), y)
@@ -140,7 +172,7 @@ def test_changes_that_must_not_change_it(change, activation_bits):
 def test_to_changes_the_answer_only():
     layer = make_layer()
     assert layer.to(torch.float16).weight.dtype == torch.float16
-    assert layer.bias.dtype == torch.float32 and layer.row_scale.dtype == torch.float32
+    assert layer.folded_bias.dtype == torch.float32 and layer.row_scale.dtype == torch.float32
     assert layer(random(2, WIDTH).half()).dtype == torch.float16
 
 
@@ -200,7 +232,7 @@ def test_non_contiguous_input():
 def test_dequantize_is_what_is_multiplied(kind, has_bias):
     layer, x = make_layer(activation_bits=16, kind=kind, has_bias=has_bias), random(9, WIDTH)
     offset = layer.input_transform.input_offset.float()
-    expected = (x - offset) @ layer.dequantize().T + layer.bias
+    expected = (x - offset) @ layer.dequantize().T + layer.folded_bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     dense = layer.to_linear()
     assert type(dense) is nn.Linear

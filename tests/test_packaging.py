@@ -16,7 +16,7 @@ from lrqdit.errors import ModelError
 
 ROOT = Path(__file__).parents[1]
 BASE = {"numpy", "safetensors", "torch"}
-MODULES = {"pillow": "PIL"}  # where a distribution's module has another name
+MODULES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL"}  # where a distribution's module has another name
 MISSING = """
 import sys
 class Missing:

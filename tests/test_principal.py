@@ -209,12 +209,12 @@ needs_pairs = pytest.mark.skipif(
 def test_kernels_take_it_out_as_exactly_as_torch(monkeypatch, rows, width, out_features, rank):
     layer, x = bfloat16_layer(width, out_features, rank), (4 * random(rows, width, seed=8)).bfloat16()
     offset = layer.input_transform.input_offset.double()
-    truth = (x.double() - offset) @ layer.dequantize().double().T + layer.bias.double()
+    truth = (x.double() - offset) @ layer.dequantize().double().T + layer.folded_bias.double()
 
     def error(y):
         return float((y.double() - truth).norm() / truth.norm())
 
-    calls = layer._calls(x, torch.bfloat16)
+    calls = layer.calls_for(x, torch.bfloat16)
     assert isinstance(calls, principal.KernelCalls)
     threads, found = torch.get_num_threads(), []
     try:
@@ -234,7 +234,7 @@ def test_kernels_take_it_out_as_exactly_as_torch(monkeypatch, rows, width, out_f
     by_torch = layer(x)
     assert error(found[0]) < 1.25 * error(by_torch) < 0.01  # both are roundings of bfloat16
     # what torch took out can be added by a kernel, too
-    by_split = layer._calls(x, torch.bfloat16).quantize_tokens(x)
+    by_split = layer.calls_for(x, torch.bfloat16).quantize_tokens(x)
     assert error(calls.quantized_linear(by_split, torch.bfloat16)) < 1.25 * error(by_torch)
 
 
@@ -261,7 +261,7 @@ def test_other_dtypes_and_ranks_are_left_to_torch():
         (bfloat16_layer(96, 48, 6), x.half()),
         (wide, x.bfloat16()),
     ):
-        assert isinstance(layer._calls(tokens_of, tokens_of.dtype), principal.TorchCalls)
+        assert isinstance(layer.calls_for(tokens_of, tokens_of.dtype), principal.TorchCalls)
         truth = (x.double() - layer.input_transform.input_offset.double()) @ layer.dequantize().double().T
-        found = layer(tokens_of).double() - layer.bias.double()
+        found = layer(tokens_of).double() - layer.folded_bias.double()
         assert float((found - truth).norm() / truth.norm()) < 0.05

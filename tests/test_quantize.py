@@ -406,7 +406,7 @@ def test_empty_prompts():
 def test_pipeline_without_a_transformer():
     pipeline = build_tiny_pipeline()
     pipeline.transformer = None
-    with pytest.raises(ModelError, match="has no transformer or transformer_2"):
+    with pytest.raises(ModelError, match="has no diffusion transformer"):
         lrqdit.quantize(pipeline, "w4a8")
 
 

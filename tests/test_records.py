@@ -173,7 +173,8 @@ def all_pipelines() -> list[Any]:
 @pytest.mark.parametrize("kind", all_pipelines(), ids=lambda kind: kind.__name__)
 def test_pictures_are_told_by_the_names_of_arguments(kind):
     """Arguments whose type is a picture's are found, and of the others only masks and tensors of pixels."""
-    found = picture_arguments(kind)
+    pipeline = object.__new__(kind)
+    found = picture_arguments(pipeline)
     for name, parameter in inspect.signature(kind.__call__).parameters.items():
         is_typed = re.search(r"PipelineImageInput|Image\.Image|ImageInput", str(parameter.annotation)) is not None
         if is_typed and not re.search("ip_adapter|conditions|latents|controls", name):
@@ -321,17 +322,6 @@ def test_pictures_among_arguments_are_compared(tmp_path, caplog):
     with pytest.raises(ConfigError, match="resume_folder: arguments holds a function, which cannot be compared"):
         call = {**tiny.FLUX_CALL, "callback_on_step_end": lambda *values: values[-1]}
         resumed(tiny.flux(), tmp_path / "run", caplog, prompts=["a"], arguments=call)
-
-
-def test_the_command_line_refuses_before_it_loads(tmp_path, monkeypatch):
-    tiny.flux(diffusers.FluxImg2ImgPipeline).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    command = ["quantize", tmp_path / "model", "--out", tmp_path / "out"]
-    assert "FluxImg2ImgPipeline needs image" in fail(*command)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "imag": "b.png"}')
-    assert "takes no imag; the pictures it takes are image" in fail(
-        *command, "--calibration", tmp_path / "prompts.jsonl"
-    )
 
 
 def test_the_command_line_takes_records(tmp_path, pictures):

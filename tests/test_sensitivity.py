@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 
 import lrqdit
 from lrqdit.app import cli, inspection
-from lrqdit.calibration.statistics import ActivationStats, InputGroup
-from lrqdit.calibration.steps import Calibration
+from lrqdit.calibration.statistics import ActivationStats
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError, NumericalError
-from lrqdit.fitting.bits import Probe, check_observed, estimate
+from lrqdit.fitting.bits import Probe, estimate
 from lrqdit.integrations import generation, pipelines
 from lrqdit.packed.linear import QuantLinear
 
@@ -127,13 +126,6 @@ def test_bad_budgets():
         lrqdit.quantize(build(), "w4a8", average_bits=9.0, is_calibrated=False)
     with pytest.raises(ConfigError, match="average_bits needs calibration"):
         lrqdit.LRQDiTConfig("w4a8", average_bits=4.0)
-
-
-def test_a_model_that_never_ran_has_no_budget():
-    config = QuantizationConfig(average_bits=5.0)
-    with pytest.raises(ModelError, match="average_bits: second never ran in the calibration"):
-        check_observed({"first": Calibration([InputGroup(["a"], None)]), "second": Calibration([])}, config)
-    check_observed({"second": Calibration([])}, QuantizationConfig())
 
 
 def test_arguments_that_cannot_be_kept():

@@ -1,13 +1,13 @@
 """Diffusion transformers at 2 to 4 bits: Twin-Log levels, adaptive rotations, real packing (arXiv 2508.03485).
 
-Importing the package imports nothing else: a public name brings its module when it is first used, and diffusers
-learns of the format when it is imported, before or after.
+Importing the package imports nothing else: a public name brings its module when it is first used, and diffusers and
+transformers learn of the format when they are imported, before or after.
 """
 
 import importlib
 from typing import Any
 
-from lrqdit.integrations import register_with_diffusers
+from lrqdit.integrations import register_backends
 
 __version__ = "0.1.0"
 # public name: the module it is in, or is; type checkers read __init__.pyi
@@ -19,6 +19,7 @@ _PUBLIC = {
     "QuantizationConfig": "lrqdit.config",
     "attention": "lrqdit.kernels.cpu_attention",
     "codebook": "lrqdit.numerics.codebook",
+    "fuse_lora": "lrqdit.integrations.lora",
     "generate_images": "lrqdit.integrations.generation",
     "kernels": "lrqdit.kernels",
     "load_checkpoint": "lrqdit.packed.checkpoint",
@@ -45,4 +46,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_with_diffusers()
+register_backends()

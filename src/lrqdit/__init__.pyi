@@ -7,6 +7,7 @@ from lrqdit.errors import LrqditError as LrqditError
 from lrqdit.fitting.reports import CalibrationReport as CalibrationReport
 from lrqdit.integrations.diffusers import LRQDiTConfig as LRQDiTConfig
 from lrqdit.integrations.generation import generate_images as generate_images
+from lrqdit.integrations.lora import fuse_lora as fuse_lora
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.numerics import codebook as codebook
 from lrqdit.numerics import rotation as rotation
@@ -24,6 +25,7 @@ __all__ = [
     "QuantizationConfig",
     "attention",
     "codebook",
+    "fuse_lora",
     "generate_images",
     "kernels",
     "load_checkpoint",

@@ -4,7 +4,8 @@ import sys
 
 # what the extras bring; anything else that is missing is a bug, and shown as one
 OPTIONAL = (
-    "accelerate", "diffusers", "filelock", "jinja2", "PIL", "rich", "torchmetrics", "tqdm", "transformers", "typer",
+    "accelerate", "diffusers", "filelock", "huggingface_hub", "jinja2", "PIL", "rich", "torchmetrics", "tqdm",
+    "transformers", "typer",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import lrqdit
 from lrqdit.config import MODES, QuantizationConfig, choices
 from lrqdit.errors import ConfigError, LrqditError
 from lrqdit.models import KNOWN_MODELS
-from lrqdit.models.prompts import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
+from lrqdit.models.prompts import EVALUATION_PROMPTS
 from lrqdit.packed.format import describe_unpacked
 
 
@@ -98,7 +98,7 @@ def quantize(
     """Quantize a pipeline's transformer, or a transformer alone. A killed run continues: call it again."""
     from lrqdit.calibration.runs import locked
     from lrqdit.integrations import pipelines
-    from lrqdit.integrations.records import check_records, read_records
+    from lrqdit.integrations.records import read_records
     from lrqdit.integrations.sources import find_source
 
     given = {"mode": mode, "seed": seed, "exclude": tuple(exclude or ()), "average_bits": average_bits}
@@ -116,8 +116,6 @@ def quantize(
                 f"{model} is a transformer without a pipeline, which cannot be run on prompts; name its pipeline by "
                 "--config, or pass --no-calibration"
             )
-        if not no_calibration and (kind := source.pipeline_class) is not None:  # a mistake is found before loading
-            check_records(kind, CALIBRATION_PROMPTS if records is None else records, None)
         target, dtypes = source.load(dtype, device), source.stored_dtypes()
         result = lrqdit.quantize(
             target, preset, prompts=records, is_calibrated=not no_calibration, steps=steps,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lrqdit.errors import CheckpointError
-from lrqdit.models import PIPELINE_COMPONENTS
+from lrqdit.models import denoiser_names
 from lrqdit.packed import files
 from lrqdit.packed.format import DTYPE_BYTES, FORMAT_NAMES, LinearFormat, check_version, is_no_matrix
 
@@ -29,8 +29,8 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a folder; pass the folder of a quantized pipeline or model")
     parts = [folder]
     if (folder / "model_index.json").exists():
-        files.check_pipeline_folder(folder)
-        parts = [folder / name for name in PIPELINE_COMPONENTS if (folder / name).is_dir()]
+        index = files.check_pipeline_folder(folder)
+        parts = [folder / name for name in denoiser_names(index)]
     found = [(part, config) for part in parts if (config := _quantization_config(part)) is not None]
     if not found:
         raise CheckpointError(f"{folder} holds no model quantized by lrqdit; write one with `lrqdit quantize`")

@@ -10,10 +10,10 @@ from torch import nn
 
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError
-from lrqdit.models import KNOWN_MODELS, PIPELINE_COMPONENTS
+from lrqdit.models import KNOWN_MODELS, denoiser_names
 from lrqdit.models import registry as models
 from lrqdit.packed.dummy import random_layer
-from lrqdit.packed.files import CONFIG_FILE, read_json
+from lrqdit.packed.files import CONFIG_FILE, INDEX_FILE, read_json
 from lrqdit.packed.linear import QuantLinear
 from lrqdit.packed.size import measure_size
 
@@ -33,7 +33,8 @@ def build_model(model: str) -> nn.Module:
         class_name, arguments = KNOWN_MODELS[model]
     else:
         folder = Path(model)
-        parts = [folder, *(folder / name for name in PIPELINE_COMPONENTS)]
+        index = folder / INDEX_FILE
+        parts = [folder, *(folder / name for name in (denoiser_names(read_json(index)) if index.exists() else ()))]
         found = next((part for part in parts if (part / CONFIG_FILE).exists()), None)
         if found is None:
             raise ConfigError(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrqdit.calibration.steps import Calibration, Step
+from lrqdit.calibration.steps import Step
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import ConfigError, ModelError, NumericalError
 from lrqdit.models.registry import KEPT, Linear, Plan
@@ -136,16 +136,6 @@ class Rest:
                 size = min(dtype.itemsize, tensor.element_size()) if is_cast and dtype else tensor.element_size()
                 size_bytes += tensor.numel() * size
         return cls(type(module).__name__, parameters, size_bytes)
-
-
-def check_observed(calibrations: Mapping[str, Calibration], config: QuantizationConfig) -> None:
-    """Raise before anything is fitted if ``average_bits`` is asked of a model that never ran in the calibration."""
-    unseen = next((name for name, calibration in calibrations.items() if not calibration.groups), None)
-    if config.average_bits is not None and unseen is not None:
-        raise ModelError(
-            f"average_bits: {unseen} never ran in the calibration, so what its layers' bits do is unknown; run more "
-            "steps, or quantize by weight_bits alone"
-        )
 
 
 def choose_bits(

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrqdit.calibration.statistics import ActivationStats
+from lrqdit.errors import NumericalError
 from lrqdit.numerics.codebook import Codebook
 from lrqdit.numerics.rotation import single_thread
 from lrqdit.numerics.tokens import InputTransform, dequantize_tokens, quantize_tokens
@@ -102,11 +103,23 @@ def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
     parts = order.tensor_split(-(-width // MAX_FACTORED))
     upper, start = torch.zeros(width, width, dtype=torch.float32), 0
     for columns in parts:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[columns][:, columns]))
         stop = start + len(columns)
-        upper[start:stop, start:stop] = torch.linalg.cholesky(inverse, upper=True).float()
+        upper[start:stop, start:stop] = _invert(hessian[columns][:, columns])
         start = stop
     return order, upper
+
+
+def _invert(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of H^-1, float32. H is damped until there is one: sums in float32 over tokens that are
+    very long in one direction leave small negative eigenvalues in the others."""
+    for damping in (0.0, *(10.0**power for power in range(-6, 7))):
+        damped = hessian + damping * torch.eye(len(hessian), dtype=torch.float64)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.float()
+    raise NumericalError("the second moment of a layer's input is not finite; run the model in float32 or bfloat16")
 
 
 def transform_moment(moment: Tensor, transform: InputTransform) -> Tensor:

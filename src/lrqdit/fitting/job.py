@@ -83,6 +83,11 @@ class Job:
             return replacements | stored, reports
         predicted = {name: errors for report in reports for name, errors in report.predicted.items()}
         if not predicted and config.average_bits is not None:
+            if not self.calibration.groups:
+                raise ModelError(
+                    f"average_bits: {self.name} never ran in the calibration, so what its layers' bits do is unknown; "
+                    "run more steps, or quantize it by weight_bits alone"
+                )
             raise ModelError(
                 f"average_bits: calibration saw no gradients of {self.name} to estimate what its layers' bits do; set "
                 "sensitivity='measured'"

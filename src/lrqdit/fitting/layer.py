@@ -35,7 +35,7 @@ class LinearLike(Protocol):
 def check_finite(name: str, layer: LinearLike) -> None:
     """Raise :class:`NumericalError` naming the layer if its weight or bias contains NaN or Inf."""
     for leaf, tensor in (("weight", layer.weight), ("bias", layer.bias)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if tensor is not None and not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
             raise NumericalError(
                 f"{name}.{leaf} contains NaN or Inf; check the checkpoint, or load it in another dtype"
             )

@@ -16,6 +16,11 @@
 # diffusers' base class states no results of its methods, or too narrow ones
 import copy
 import enum
+import functools
+import importlib
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +47,7 @@ from lrqdit.packed.format import (
     FORMAT_VERSION,
     check_version,
 )
-from lrqdit.packed.linear import QuantLinear
+from lrqdit.packed.linear import MARKER, QuantLinear
 
 
 class QuantizationMethod(str, enum.Enum):
@@ -119,10 +124,12 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         # a copy: the layers are recorded in it, and a user may load two models with one configuration
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.config = quantization_config.quantization
-        if self.pre_quantized and not quantization_config.layers:
+        if kwargs.get("pre_quantized") and not quantization_config.layers:
             raise CheckpointError("the checkpoint's quantization_config lists no layers; copy the folder again")
+        self.pre_quantized = bool(quantization_config.layers)  # from_single_file does not say
         self._dtype: torch.dtype | None = None
         self._plan: dict[str, Treatment] = {}  # of layers that are still to come
+        self._layers: dict[str, QuantLinear] = {}  # that are being loaded
 
     @property
     def is_serializable(self) -> bool:
@@ -156,22 +163,31 @@ class LRQDiTQuantizer(DiffusersQuantizer):
                 raise CheckpointError(
                     f"{file} is not a safetensors file; lrqdit reads its weights from no other format"
                 )
-        return loaded_keys
+        return [*loaded_keys, *(f"{name}.{MARKER}" for name in self.quantization_config.layers)]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Float8 weights in a dtype that can be quantized, multiplied by the scales that some have."""
-        return state_dict if self.quantization_config.layers else from_float8(state_dict, self._dtype or torch.bfloat16)
+        """Of one file: add what no file holds, the layers' markers and their copies of a shared input transform; make
+        float8 tensors those that they stand for."""
+        for name, layer in self._layers.items():
+            if f"{name}.packed" in state_dict:
+                state_dict[f"{name}.{MARKER}"] = torch.zeros(1, dtype=self._dtype or torch.float32)
+            if (owner := layer.format.input_from) is not None:
+                keys = layer.format.input.buffers()
+                layer.copy_transform({k: state_dict[f"{owner}.{k}"] for k in keys if f"{owner}.{k}" in state_dict})
+        return state_dict if self.pre_quantized else from_float8(state_dict, self._dtype or torch.bfloat16)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return checkpoint.stored_tensors(state_dict), {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             with torch.device("meta"):
                 checkpoint.allocate_layers(model, self.quantization_config.layers, torch.float32, "meta")
-            for layer in model.modules():
-                if isinstance(layer, QuantLinear):  # what no file holds is real from the start
-                    for name in layer._non_persistent_buffers_set:
-                        layer._buffers[name] = torch.zeros_like(layer.get_buffer(name), device="cpu")
+            self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
             checkpoint.check_dtypes(model, self._header)
-            missing = sorted(set(model.state_dict()) - set(self._header))
+            missing = sorted(set(checkpoint.stored_tensors(model.state_dict())) - set(self._header))
             if missing:
                 raise CheckpointError(
                     f"the checkpoint of {type(model).__name__} lacks {len(missing)} tensors, the first is {missing[0]}"
@@ -200,7 +216,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         if layer.weight.is_meta or (layer.bias is not None and layer.bias.is_meta):
             return
         quantized = quantize_without_data(owner, as_linear(layer), self._plan.pop(owner), self.config)
-        quantized._dtype_marker = quantized._dtype_marker.to(param_value.dtype)
+        quantized.answer_dtype(param_value.dtype)
         model.set_submodule(owner, quantized.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -208,11 +224,11 @@ class LRQDiTQuantizer(DiffusersQuantizer):
             raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._plan))}; copy it again")
         checkpoint.finish_layers(model)
         attention.start()
-        if self._dtype is None:
-            self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        for layer in model.modules():
-            if isinstance(layer, QuantLinear):
-                layer._dtype_marker = torch.empty(0, dtype=self._dtype, device=layer.packed.device)
+        if self._dtype is None:  # the dtype of the layers that are stored as they were
+            dtypes = {p.dtype for n, p in model.named_parameters() if p.is_floating_point() and not n.endswith(MARKER)}
+            for layer in self._layers.values() if len(dtypes) == 1 else ():
+                layer.answer_dtype(next(iter(dtypes)), layer.packed.device)
+        self._layers = {}
         attach(model, self.config, self)
         return model
 
@@ -235,8 +251,45 @@ def attach(model: Any, config: QuantizationConfig, quantizer: LRQDiTQuantizer | 
     model.quantization_method = QuantizationMethod.LRQDIT
     # diffusers forbids .to(dtype), .half() and .float() on a model with is_quantized; integer buffers survive them
     model.is_quantized = False
+    # every process has loaded the same, and no backend of DistributedDataParallel broadcasts 16-bit integers
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+    model._ddp_params_and_buffers_to_ignore = [
+        f"{name}{below}.{key}"
+        for name, layer in layers.items()
+        for below in ("", ".base_layer")
+        for key in layer.tensors()
+    ]
+    if _answer_weights not in model._state_dict_hooks.values():
+        model._register_state_dict_hook(_answer_weights)
     model.register_to_config(quantization_config=quantizer.quantization_config)
     cards.install()
+
+
+class _StateDict(OrderedDict[str, Any]):
+    """A state dict in which ``<layer>.weight`` of a quantized layer is found, though not listed: loaders of LoRA files
+    ask for its shape."""
+
+    def __init__(self, values: Mapping[str, Any], module: nn.Module) -> None:
+        super().__init__(values)
+        self.__dict__.update(vars(values))  # its _metadata
+        self._module = module
+
+    def __missing__(self, key: str) -> Any:
+        owner, _, leaf = key.rpartition(".")
+        try:
+            layer = self._module.get_submodule(owner)
+        except AttributeError:
+            raise KeyError(key) from None
+        if leaf not in ("weight", "bias") or not isinstance(getattr(layer, "base_layer", layer), QuantLinear):
+            raise KeyError(key)
+        return getattr(layer, leaf)
+
+    def __reduce__(self) -> tuple:  # copies and pickles are plain
+        return OrderedDict, (list(self.items()),)
+
+
+def _answer_weights(module: nn.Module, state_dict: Any, prefix: str, metadata: Any) -> Any:
+    return _StateDict(state_dict, module) if prefix == "" else None
 
 
 def check_not_quantized(model: nn.Module, name: str) -> None:
@@ -250,6 +303,25 @@ def check_not_quantized(model: nn.Module, name: str) -> None:
         )
 
 
+def _name_plain_cpu() -> None:
+    """diffusers' sequential offloading calls a CPU ``cpu:0``; accelerate makes plain tensors of parameters there."""
+    try:
+        hooks: Any = importlib.import_module("accelerate.hooks")
+    except ImportError:
+        return
+    plain = hooks.set_module_tensor_to_device
+
+    @functools.wraps(plain)
+    def set_tensor(module: nn.Module, tensor_name: str, device: Any, *rest: Any, **keywords: Any) -> None:
+        is_cpu = isinstance(device, torch.device) and device.type == "cpu"
+        plain(module, tensor_name, torch.device("cpu") if is_cpu else device, *rest, **keywords)
+
+    hooks.set_module_tensor_to_device = set_tensor
+
+
+_name_plain_cpu()
 for method in FORMAT_NAMES:  # typed by the entries they have
     AUTO_QUANTIZER_MAPPING[method] = LRQDiTQuantizer  # pyright: ignore[reportArgumentType]
     AUTO_QUANTIZATION_CONFIG_MAPPING[method] = LRQDiTConfig  # pyright: ignore[reportArgumentType]
+if "lrqdit.integrations.transformers" in sys.modules:
+    sys.modules["lrqdit.integrations.transformers"].use_config(LRQDiTConfig)

@@ -20,7 +20,7 @@ from torch import nn
 
 from lrqdit.errors import ConfigError, LrqditError, ModelError, first_line
 from lrqdit.fitting.reports import CalibrationReport
-from lrqdit.models import PIPELINE_COMPONENTS, registry
+from lrqdit.models import denoiser_names, registry
 from lrqdit.packed import files
 from lrqdit.packed.linear import DTYPES as STORED_DTYPES
 from lrqdit.packed.size import measure_size
@@ -103,7 +103,8 @@ def default_dtype(stored: Mapping[str, torch.dtype], device: torch.device) -> to
         stored: by name of the component, see :func:`stored_dtypes`.
         device: where it will run.
     """
-    found = next((stored[name] for name in (*PIPELINE_COMPONENTS, *stored) if name in stored), torch.float32)
+    first = sorted(stored, key=lambda name: "transformer" not in name)
+    found = stored[first[0]] if first else torch.float32
     if found.itemsize == 1:
         return torch.bfloat16
     if device.type == "cpu":
@@ -113,7 +114,7 @@ def default_dtype(stored: Mapping[str, torch.dtype], device: torch.device) -> to
 
 def _only_variant(folder: Path) -> str | None:
     """The variant of a pipeline whose denoiser is there in no other."""
-    for name in PIPELINE_COMPONENTS:
+    for name in stored_denoisers(folder):
         found = {files.variant_of(path) for path in files.weight_files(folder / name)}
         if len(found) == 1:
             return found.pop()
@@ -125,11 +126,16 @@ def denoisers(pipeline: DiffusionPipeline) -> nn.ModuleDict:
     return nn.ModuleDict(registry.denoisers(pipeline))
 
 
+def stored_denoisers(folder: Path) -> list[str]:
+    """The components of a pipeline folder that denoise."""
+    return denoiser_names(files.read_json(Path(folder) / files.INDEX_FILE))
+
+
 def denoiser_file_bytes(folder: Path, variant: str | None = None) -> int:
     """Bytes on disk of the denoisers' weight files in a pipeline folder, or of a single model's."""
-    if not (Path(folder) / "model_index.json").exists():
+    if not (Path(folder) / files.INDEX_FILE).exists():
         return files.weight_file_bytes(folder, variant)
-    return sum(files.weight_file_bytes(Path(folder) / name, variant) for name in PIPELINE_COMPONENTS)
+    return sum(files.weight_file_bytes(Path(folder) / name, variant) for name in stored_denoisers(folder))
 
 
 def stored_dtypes(folder: Path, variant: str | None = None) -> dict[str, torch.dtype]:

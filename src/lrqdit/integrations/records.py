@@ -21,7 +21,6 @@ from lrqdit.errors import ConfigError, ModelError, first_line
 from lrqdit.models.registry import call_parameters, denoisers
 
 Record = dict[str, Any]
-Pipeline = DiffusionPipeline | type[DiffusionPipeline]
 # arguments that take pictures, by their names; masks of texts are none
 PICTURE = re.compile(r"(?!.*(attention|embeds|padding|atom|render))((\w+_)?(images?|video|mask)|image_reference)")
 # pipelines that make something from a picture say so in their names; of the others, and of these, some can do without
@@ -62,12 +61,12 @@ def read_records(path: Path) -> list[Record]:
 
 
 def check_records(
-    pipeline: Pipeline, prompts: Iterable[str | Mapping[str, Any]], arguments: Mapping[str, Any] | None
+    pipeline: DiffusionPipeline, prompts: Iterable[str | Mapping[str, Any]], arguments: Mapping[str, Any] | None
 ) -> list[Record]:
     """The records of prompts, checked against the pipeline's call before anything runs.
 
     Args:
-        pipeline: that will run them, or its class.
+        pipeline: that will run them.
         prompts: texts or records.
         arguments: of every call, beside the records' own.
 
@@ -81,7 +80,7 @@ def check_records(
     ]
     if not records:
         raise ConfigError("quantize: the list of calibration prompts is empty; pass at least one, better 32")
-    kind, accepted = _class(pipeline).__name__, call_parameters(pipeline)
+    kind, accepted = type(pipeline).__name__, call_parameters(pipeline)
     if "prompt" not in accepted:
         raise ModelError(f"{kind} takes no prompt; pass quantize a forward_loop that runs it")
     pictures = picture_arguments(pipeline)
@@ -111,7 +110,7 @@ def warn_without_pictures(pipeline: DiffusionPipeline, records: Iterable[Record]
         )  # fmt: skip
 
 
-def picture_arguments(pipeline: Pipeline) -> list[str]:
+def picture_arguments(pipeline: DiffusionPipeline) -> list[str]:
     """The arguments of a pipeline's call that take pictures, but for those of IP-Adapters."""
     return [name for name in call_parameters(pipeline) if is_picture(name) and "ip_adapter" not in name]
 
@@ -121,11 +120,7 @@ def is_picture(name: str) -> bool:
     return PICTURE.fullmatch(name) is not None
 
 
-def _class(pipeline: Pipeline) -> type[DiffusionPipeline]:
-    return pipeline if isinstance(pipeline, type) else type(pipeline)
-
-
-def _needed(pipeline: Pipeline) -> dict[str, set[str]]:
+def _needed(pipeline: DiffusionPipeline) -> dict[str, set[str]]:
     """Arguments without which a pipeline cannot run, and what may be given instead of each.
 
     Those without a default, the pictures of pipelines that start from some, and that of an IP-Adapter that is loaded.
@@ -136,12 +131,11 @@ def _needed(pipeline: Pipeline) -> dict[str, set[str]]:
         for name, parameter in accepted.items()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
-    names = [kind.__name__ for kind in _class(pipeline).__mro__ if issubclass(kind, DiffusionPipeline)]
+    names = [kind.__name__ for kind in type(pipeline).__mro__ if issubclass(kind, DiffusionPipeline)]
     if any(TAKES_PICTURES.search(name) and not CAN_DO_WITHOUT.search(name) for name in names):
         needed += [name for name in NEEDED if name in accepted and name not in needed]
     found = {name: {name, f"{name}_latents", f"{name}_embeds"} for name in needed if name != "prompt"}
-    models = {} if isinstance(pipeline, type) else denoisers(pipeline)
-    if any(getattr(model, "encoder_hid_proj", None) is not None for model in models.values()):
+    if any(getattr(model, "encoder_hid_proj", None) is not None for model in denoisers(pipeline).values()):
         found["ip_adapter_image"] = {"ip_adapter_image", "ip_adapter_image_embeds"}
     if "image" in found and "video" in found:
         found["image"] |= found.pop("video")

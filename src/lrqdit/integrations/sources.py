@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lrqdit.errors import CheckpointError, LrqditError, ModelError, first_line
 from lrqdit.integrations import pipelines
 from lrqdit.integrations.float8 import from_float8, has_scales
-from lrqdit.models import PIPELINE_COMPONENTS
 from lrqdit.packed import files
 
 
@@ -44,19 +43,12 @@ class Source:
     @property
     def component(self) -> str:
         """The name of the denoiser that ``weights`` are of."""
-        return next((name for name in PIPELINE_COMPONENTS if (self.folder / name).is_dir()), PIPELINE_COMPONENTS[0])
+        return next(iter(pipelines.stored_denoisers(self.folder)), "transformer")
 
     @property
     def model_folder(self) -> Path:
         """Where the denoiser's ``config.json`` is."""
         return self.folder / self.component if self.is_pipeline else self.folder
-
-    @property
-    def pipeline_class(self) -> type[DiffusionPipeline] | None:
-        """The pipeline's class; None where diffusers has none of its name."""
-        name = files.read_json(self.folder / "model_index.json").get("_class_name")
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
-        return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
 
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """The float dtype that most elements of each component, or of the model by itself, are stored in."""

@@ -173,7 +173,9 @@ _OTHER_KEYS = ~_PLAIN.raw_repr()
 def is_plain(tensor: Tensor) -> bool:
     """Whether a kernel may read a tensor past torch: on the CPU, contiguous, nothing deferred, and nobody looks on: no
     compiler, tracer, fake tensor, transform of torch.func or mode."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._is_torch_function_mode_enabled():
+    if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
+        return False
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
         return False
     keys = torch._C._dispatch_keys(tensor) | torch._C._dispatch_tls_local_include_set()
     return not keys.raw_repr() & _OTHER_KEYS and tensor.is_contiguous()
@@ -183,38 +185,38 @@ class LayerCalls:
     """The calls of :class:`lrqdit.kernels.ops.LayerArgs`, past torch's dispatcher, which takes several times as long as
     a small product.
 
-    The C structures are filled in once, and again when a buffer is another one or lies elsewhere. After a large product
+    The C structures are filled in once, and again when a tensor is another one or lies elsewhere. After a large product
     no cache holds any of the interpreter, and all that is asked of torch here costs ten times as much as in a loop.
 
     ``principal`` is handed on to the kernels, see principal.py.
     """
 
     def __init__(self) -> None:
-        self.buffers: list[int] = []  # their identities
+        self.tensors: list[int] = []  # the identities of the layer's
         self.addresses: list[int] = []
-        self.references: list[weakref.ref] = []  # lest another takes the identity of a buffer that is gone
+        self.references: list[weakref.ref] = []  # lest another takes the identity of a tensor that is gone
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(LayerCalls())  # copies and pickles leave the addresses behind
 
     def _forget(self, _: weakref.ref) -> None:
-        self.buffers = []
+        self.tensors = []
 
     def prepare(self, x: Tensor, out_dtype: torch.dtype, layer: Any) -> bool:
         """Whether the kernels can be called on x."""
         if native.LIBRARY is None or x.dtype not in TYPE_CODES or out_dtype not in TYPE_CODES or not is_plain(x):
             return False
-        buffers = layer._buffers.values()
-        if self.buffers == [*map(id, buffers)] and self.addresses == [*map(Tensor.data_ptr, buffers)]:
+        tensors = [*layer._parameters.values(), *layer._buffers.values()]
+        if self.tensors == [*map(id, tensors)] and self.addresses == [*map(Tensor.data_ptr, tensors)]:
             return True
-        if layer.in_features > MAX_IN_FEATURES or not all(map(is_plain, buffers)):
+        if layer.in_features > MAX_IN_FEATURES or not all(map(is_plain, tensors)):
             return False
         transform, rounding, weight = layer.arguments()
         self.transform, _ = _describe_transform(x.new_empty(0, layer.in_features), transform)
         self.rounding = _describe_rounding(rounding)
         self.weight, _ = _describe_weight(layer.in_features, weight)
-        self.references = [weakref.ref(b, self._forget) for b in buffers]
-        self.buffers, self.addresses = [*map(id, buffers)], [*map(Tensor.data_ptr, buffers)]
+        self.references = [weakref.ref(tensor, self._forget) for tensor in tensors]
+        self.tensors, self.addresses = [*map(id, tensors)], [*map(Tensor.data_ptr, tensors)]
         return True
 
     def quantize_tokens(self, x: Tensor, principal: native.Principal | None = None) -> Tokens:

@@ -4,7 +4,8 @@ On the CPU that function ends in one operator of torch. :func:`switch` gives it 
 hands back to torch's whatever it does not take: other dtypes, dropout, causal masks, odd or large head sizes.
 
 ``lrqdit.quantize``, ``lrqdit.observe`` and diffusers, when it loads a quantized model, switch it on (:func:`start`) and
-log a line, unless the user chose before, ``LRQDIT_ATTENTION=torch`` is set, or the CPU has AMX that our kernels do not use.
+log a line, unless the user chose before, ``LRQDIT_ATTENTION=torch`` is set, or the CPU has AMX that our kernels do not
+use.
 ``lrqdit.load_checkpoint`` leaves it to :func:`switch`.
 """
 
@@ -30,8 +31,8 @@ INSTRUCTION_SET = "avx512bf16"
 OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
 AMX = "amx"
 SLOW_BESIDE_AMX = (
-    "this CPU has AMX and our kernels do not use it now; without it, the native attention had 0.2 to 0.4 times the speed "
-    "of torch's on one such CPU"
+    "this CPU has AMX and our kernels do not use it now; without it, the native attention had 0.2 to 0.4 times the "
+    "speed of torch's on one such CPU"
 )
 MASK_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 

@@ -5,16 +5,25 @@
 ``lrqdit::quantize_tokens``               x -> int8 codes and one step per token (centre, smooth, rotate, clip, round)
 ``lrqdit::quantized_linear``              int8 codes x packed weights -> output (integer product, scales, bias)
 ``lrqdit::weight_only_linear``            the transformed x in float32 x packed weights -> output
+``lrqdit::layer_tokens``                  x -> codes and steps, of the layer that a handle stands for
+``lrqdit::layer_product``                 these x the layer's weights -> output
+``lrqdit::layer_linear``                  x -> output, all of a layer
 ========================================  ==============================================================================
 
 ``quantize_tokens`` is separate so that layers which read the same tensor (q, k and v) quantize it once. The reference
 implementations here run on every device; a kernel registers itself for one dispatch key and must agree with them: the
 integer part exactly, the rest to float rounding.
 
+The last three are for compilers. A compiled graph is made for the shapes and constants of the layers in it; with mixed
+bits nearly every block of a model would have a graph of its own. A handle, a number in a tensor, hides all that
+differs, so that blocks share one.
+
 An operator's schema is flat, as torch wants it. Everything in Python passes its arguments as the records below, each a
 tuple in the order of the schemas, so that a call unpacks them by ``*``; :func:`register` puts them together again.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -41,10 +50,16 @@ LIBRARY.define(f"apply_transform({_TRANSFORM}) -> Tensor")
 LIBRARY.define(f"quantize_tokens({_TRANSFORM}, int bits, float clip, str levels='uniform') -> (Tensor, Tensor)")
 LIBRARY.define(f"quantized_linear(Tensor codes, Tensor scale, {_WEIGHT}) -> Tensor")
 LIBRARY.define(f"weight_only_linear({_TRANSFORM}, {_WEIGHT}) -> Tensor")
+LIBRARY.define("layer_tokens(Tensor x, Tensor handle) -> (Tensor, Tensor)")
+LIBRARY.define("layer_product(Tensor codes, Tensor scale, Tensor handle, int out_features, ScalarType dtype) -> Tensor")
+LIBRARY.define("layer_linear(Tensor x, Tensor handle, int out_features, ScalarType dtype) -> Tensor")
 apply_transform = torch.ops.lrqdit.apply_transform.default
 quantize_tokens = torch.ops.lrqdit.quantize_tokens.default
 quantized_linear = torch.ops.lrqdit.quantized_linear.default
 weight_only_linear = torch.ops.lrqdit.weight_only_linear.default
+layer_tokens = torch.ops.lrqdit.layer_tokens.default
+layer_product = torch.ops.lrqdit.layer_product.default
+layer_linear = torch.ops.lrqdit.layer_linear.default
 
 
 class TransformArgs(NamedTuple):
@@ -236,6 +251,48 @@ _FAKE: dict[str, Callable[..., Any]] = {
 register("CompositeExplicitAutograd", REFERENCE)
 for _name, _function in _FAKE.items():
     torch.library.register_fake(f"lrqdit::{_name}", take_records(_name, _function), lib=LIBRARY)
+
+
+_LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def make_handle(layer: Any) -> Tensor:
+    """A number that the operators for compilers find a layer by while it lives, int64 without dimensions, on the CPU.
+
+    The layer has ``calls_for(x, dtype)``, which returns what computes on x, such as :class:`LayerArgs`, and
+    ``compute(x, dtype, is_shared)``, which does all of it.
+    """
+    number = next(_NUMBERS)
+    _LAYERS[number] = layer
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+def _layer_tokens(x: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale, _ = _LAYERS[int(handle)].calls_for(x, x.dtype).quantize_tokens(x)
+    return codes, scale
+
+
+def _layer_product(codes: Tensor, scale: Tensor, handle: Tensor, _: int, dtype: torch.dtype) -> Tensor:
+    tokens = Tokens(codes, scale)
+    return _LAYERS[int(handle)].calls_for(codes.new_empty(0, dtype=dtype), dtype).quantized_linear(tokens, dtype)
+
+
+def _layer_linear(x: Tensor, handle: Tensor, _: int, dtype: torch.dtype) -> Tensor:
+    return _LAYERS[int(handle)].compute(x, dtype, is_shared=False)
+
+
+for _name, _function, _fake in (
+    ("layer_tokens", _layer_tokens, lambda x, _: _FAKE["quantize_tokens"](x)),
+    (
+        "layer_product",
+        _layer_product,
+        lambda codes, _, __, width, dtype: codes.new_empty(len(codes), width, dtype=dtype),
+    ),
+    ("layer_linear", _layer_linear, lambda x, _, width, dtype: x.new_empty(len(x), width, dtype=dtype)),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lrqdit::{_name}", _fake, lib=LIBRARY)
 
 
 def fold(transform: InputTransform, weight: Tensor) -> Tensor:

@@ -35,12 +35,13 @@ class TorchCalls(NamedTuple):
 
     def quantized_linear(self, tokens: Tokens, out_dtype: torch.dtype) -> Tensor:
         assert tokens.coordinates is not None
-        return self._add(self.calls.quantized_linear(tokens, out_dtype), tokens.coordinates)
+        y = self.calls.quantized_linear(tokens, _wide(out_dtype))
+        return self._add(y, tokens.coordinates).to(out_dtype)
 
     def linear(self, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tokens]:
         left, coordinates = self._split(x)
-        y, tokens = self.calls.linear(left, out_dtype)
-        return self._add(y, coordinates), tokens._replace(coordinates=coordinates)
+        y, tokens = self.calls.linear(left, _wide(out_dtype))
+        return self._add(y, coordinates).to(out_dtype), tokens._replace(coordinates=coordinates)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         t = self.transform
@@ -50,6 +51,11 @@ class TorchCalls(NamedTuple):
     def _add(self, y: Tensor, coordinates: Tensor) -> Tensor:
         coordinates = coordinates[:, : len(self.outlet.codes)]  # a kernel has an even number of columns
         return y.addmm_(coordinates.to(y.dtype), self.outlet.values.to(y.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """A dtype in which the parts of a sum are in range: a coordinate may exceed float16 where the output does not."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class KernelCalls(NamedTuple):

@@ -18,7 +18,7 @@ from torch import nn
 
 from lrqdit.config import WEIGHT_BITS, QuantizationConfig
 from lrqdit.errors import ModelError
-from lrqdit.models import PIPELINE_COMPONENTS, families
+from lrqdit.models import families, is_denoiser
 from lrqdit.models.spec import ModelSpec
 
 SMALLEST_PACKED_WEIGHTS = 4096  # a layer outside the low-bit set that has fewer weights stays as it is
@@ -195,15 +195,18 @@ def _is_in_block(name: str) -> bool:
 
 def denoisers(pipeline: Any) -> dict[str, nn.Module]:
     """The modules of a pipeline that denoise, by name."""
-    found = {name: getattr(pipeline, name, None) for name in PIPELINE_COMPONENTS}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {
+        name: module
+        for name, module in modules.items()
+        if is_denoiser(name, type(module).__module__.partition(".")[0], type(module).__name__)
+    }
 
 
 def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """The parameters of the call of a pipeline, or of its class, by name; of the class above, too, where one passes
-    keywords on."""
+    """The parameters of a pipeline's call by name; of the class above, too, where one passes keywords on."""
     found: dict[str, inspect.Parameter] = {}
-    for kind in (pipeline if isinstance(pipeline, type) else type(pipeline)).__mro__:
+    for kind in type(pipeline).__mro__:
         if "__call__" in vars(kind):
             parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
             found |= {p.name: p for p in parameters if p.name not in found}

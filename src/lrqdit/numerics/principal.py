@@ -78,8 +78,10 @@ def split(x: Tensor, directions: LowRank, offset: Tensor | None, scale: Tensor |
         offset, scale: float16 (in_features,), what is subtracted from x and multiplied with it.
 
     Returns:
-        x' (tokens, in_features) and p (tokens, rank). Centred and smoothed, x' is what is left.
+        x' (tokens, in_features) and p (tokens, rank), both in float32 for float16, which p may exceed. Centred and
+        smoothed, x' is what is left.
     """
+    x = x.float() if x.dtype == torch.float16 else x
     u = directions.values
     inlet, back = (u, u) if scale is None else (u * scale.float(), u / scale.float())
     start = x.new_zeros(len(u)) if offset is None else -(inlet @ offset.float()).to(x.dtype)

@@ -6,6 +6,7 @@ byte. Only safetensors and JSON are ever read.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from torch import Tensor, nn
 from lrqdit.errors import CheckpointError
 from lrqdit.packed.files import CONFIG_FILE, WEIGHT_FILE, check_safetensors, read_json, write_atomically
 from lrqdit.packed.format import FORMAT_NAME, FORMAT_VERSION, LinearFormat, check_version
-from lrqdit.packed.linear import DTYPES, QuantLinear
+from lrqdit.packed.linear import DTYPES, MARKER, QuantLinear
 from lrqdit.packed.pointwise import empty_layer
+
+_BASE_LAYER = ".base_layer."  # what PEFT calls a layer that has an adapter
 
 
 def format_config(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     """The ``quantization_config`` of a quantized module: name, version, settings, and each layer's format."""
-    layers = {name: m.format.to_dict() for name, m in module.named_modules() if isinstance(m, QuantLinear)}
+    layers = {
+        f"{name}.".replace(_BASE_LAYER, ".")[:-1]: m.format.to_dict()
+        for name, m in module.named_modules()
+        if isinstance(m, QuantLinear)
+    }
     return {
         "quant_method": FORMAT_NAME, "format_version": FORMAT_VERSION, "settings": dict(settings), "layers": layers,
     }  # fmt: skip
@@ -69,6 +76,21 @@ def finish_layers(module: nn.Module) -> None:
             layer.share_input(layers[layer.format.input_from])
 
 
+def stored_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state dict, what a file holds: the model's own tensors under their plain names.
+
+    Left out are the markers of quantized layers and the tensors of adapters (PEFT's); below one, a layer is named
+    ``base_layer``.
+    """
+    names = {name for name in state_dict if name.rpartition(".")[2] != MARKER}
+    adapted = {name[: name.index(_BASE_LAYER)] for name in names if _BASE_LAYER in name}
+    return {
+        name.replace(_BASE_LAYER, "."): tensor
+        for name, tensor in state_dict.items()
+        if name in names and (_BASE_LAYER in name or not any(name.startswith(f"{layer}.") for layer in adapted))
+    }
+
+
 def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
     """Write a quantized module that is not a diffusers model: ``model.safetensors`` and ``config.json``.
 
@@ -83,7 +105,7 @@ def save_checkpoint(module: nn.Module, folder: str | Path, settings: dict[str, A
         raise CheckpointError(f"{type(module).__name__} has no quantized layer to save; call lrqdit.quantize first")
     folder.mkdir(parents=True, exist_ok=True)
     tensors, seen = {}, set()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in stored_tensors(module.state_dict()).items():
         storage = tensor.untyped_storage().data_ptr()
         # safetensors refuses tensors that share memory, such as tied weights
         tensors[name] = tensor.clone().contiguous() if storage in seen else tensor.contiguous()

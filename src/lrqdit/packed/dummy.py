@@ -29,10 +29,10 @@ def random_layer(
 def fill_randomly(layer: QuantLinear) -> QuantLinear:
     """Random codes, evenly spaced levels, one row scale, no offset, no smoothing; on the meta device nothing."""
     layer.packed.random_(0, 256)
-    buffers = dict(layer.named_buffers())
+    tensors = layer.tensors()
     for name, values in (("row_scale_bits", ROW_SCALE), ("input_scale_bits", 1.0)):
-        if (buffer := buffers.get(name)) is not None:
-            buffer.view(torch.float16 if buffer.dtype == torch.int16 else torch.float32).fill_(values)
-    if (table := buffers.get("table")) is not None:
+        if (tensor := tensors.get(name)) is not None:
+            tensor.view(torch.float16 if tensor.dtype == torch.int16 else torch.float32).fill_(values)
+    if (table := tensors.get("table")) is not None:
         table.copy_(torch.linspace(-127, 127, table.shape[1], dtype=torch.float32).round())
     return layer

@@ -17,6 +17,7 @@ from lrqdit.errors import CheckpointError
 from lrqdit.packed.format import DTYPE_BYTES
 
 WEIGHT_FILE = "model.safetensors"
+INDEX_FILE = "model_index.json"  # of a pipeline
 CONFIG_FILE = "config.json"
 REPORT_FILE = "lrqdit_report.json"  # of a pipeline's quantization
 _MAX_HEADER_BYTES = 100_000_000
@@ -92,9 +93,9 @@ def check_pipeline_folder(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; pass a diffusers pipeline folder or a hub id")
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
-    index = read_json(folder / "model_index.json")
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {INDEX_FILE}, so it is not a diffusers pipeline folder")
+    index = read_json(folder / INDEX_FILE)
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[:1] in ([], [None]):
             continue

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from lrqdit.packed.checkpoint import stored_tensors
 from lrqdit.packed.format import is_no_matrix
 from lrqdit.packed.linear import QuantLinear
 
@@ -47,7 +48,7 @@ def measure_size(module: nn.Module) -> SizeReport:
         weights = layer.in_features * layer.out_features
         parameters += weights + (layer.out_features if layer.format.has_original_bias else 0)
         low_bit += weights if layer.format.weight_bits < 8 else 0
-    for key, tensor in module.state_dict().items():
+    for key, tensor in stored_tensors(module.state_dict()).items():
         owner, _, leaf = key.rpartition(".")
         size = tensor.numel() * tensor.element_size()
         if owner not in layers:
