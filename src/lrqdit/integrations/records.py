@@ -92,10 +92,11 @@ def check_records(
         for name, alternatives in _needed(pipeline).items():
             if not given & alternatives:
                 what = "a picture or a list of them" if is_picture(name) else "its value"
+                example = f'{{"prompt": "a fox", "{name}": "fox.png"}}'
                 raise ModelError(
                     f"prompts[{index}]: {kind} needs {name}: give every record {what} under that name, as in "
-                    f'prompts=[{{"prompt": "a fox", "{name}": "fox.png"}}] or a line {{"prompt": "a fox", "{name}": '
-                    f'"fox.png"}} of the file of lrqdit quantize --calibration FILE'
+                    f"prompts=[{example}], or a line {example} of the file of lrqdit quantize --calibration FILE or "
+                    "evaluate --prompts FILE; lrqdit generate takes --image"
                 )
     return records
 
