@@ -240,6 +240,52 @@ def test_text_encoders_quantized_while_they_load(tmp_path):
     assert torch.equal(run(diffusers.FluxPipeline.from_pretrained(tmp_path / "out")), run(plain))
 
 
+SMALL = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("Gemma2Model", {"head_dim": 16}),
+        ("Qwen3ForCausalLM", {"head_dim": 16, "tie_word_embeddings": False}),
+        ("Qwen3ForCausalLM", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("LlamaModel", {}),
+        ("Qwen2_5_VLForConditionalGeneration", None),
+    ],
+)
+def test_encoders_of_newer_pipelines(tmp_path, kind, config):
+    build = getattr(transformers, kind)
+    if config is None:  # its names in a file are others than in the model
+        vision = {
+            "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64,
+            "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+        }  # fmt: skip
+        text = {**SMALL, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "bos_token_id": 1}
+        filled = build.config_class(text_config={**text, "eos_token_id": 2}, vision_config=vision)
+    else:
+        filled = build.config_class(**SMALL, **config)
+    torch.manual_seed(0)
+    model = build(filled).eval()
+    model.save_pretrained(tmp_path / "plain")
+
+    def outputs(module):
+        with torch.no_grad():
+            return module(input_ids=torch.arange(3, 15)[None], output_hidden_states=True).hidden_states[-1]
+
+    exact = outputs(model)
+    lrqdit.quantize(model, "w8a16", forward_loop=outputs, show_progress=False)
+    assert relative(outputs(model), exact) < 0.05
+    assert ("lm_head" in bits(model)) == (config == {"head_dim": 16, "tie_word_embeddings": False} or config is None)
+    model.save_pretrained(tmp_path / "small")
+    loaded, report = build.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert torch.equal(outputs(loaded), outputs(model)) and not any(report.values())
+    while_loading = build.from_pretrained(tmp_path / "plain", quantization_config=lrqdit.LRQDiTConfig("w8a16"))
+    assert bits(while_loading) == bits(model) and relative(outputs(while_loading), exact) < 0.05
+
+
 def test_one_backend_for_transformer_and_text_encoder(tmp_path):
     flux().save_pretrained(tmp_path)
     config = diffusers.PipelineQuantizationConfig(

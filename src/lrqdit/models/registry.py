@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +98,18 @@ def linear_layers(module: nn.Module) -> dict[str, Linear]:
     """The linear layers that can be quantized, by name; 1 x 1 convolutions where the entry of a class names them.
 
     Subclasses of nn.Linear may read ``.weight`` themselves (nn.MultiheadAttention's does), so only exact ones count.
-    The layers of an IP-Adapter are not the model's: what is saved must load into a model without it.
+    The layers of an IP-Adapter are not the model's: what is saved must load into a model without it. A weight that
+    another module has, too, such as a head tied to the embedding, stays what both have.
     """
     spec, found = find_spec(module), {}
+    owners = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    tied = set(getattr(module, "all_tied_weights_keys", None) or ())  # of transformers, which ties what it has loaded
     for name, layer in module.named_modules():
         linear = as_linear(layer)
         is_named = isinstance(linear, Pointwise) and spec is not GENERIC and re.fullmatch(spec.quantized, name)
-        if name and (type(layer) is nn.Linear or is_named) and not IP_ADAPTER.search(name):
+        if not name or not (type(layer) is nn.Linear or is_named) or IP_ADAPTER.search(name):
+            continue
+        if owners[id(layer.weight)] == 1 and f"{name}.weight" not in tied:
             found[name] = linear
     return found
 
