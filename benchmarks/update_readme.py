@@ -40,6 +40,7 @@ USES = {
     "w4a4": "to compare with the literature; no faster than `w4a8`",
 }
 MANY_TOKENS = 1024
+AMX = "-amx"  # the end of the names of results on a CPU with AMX
 
 
 def read(name: str) -> dict[str, Any]:
@@ -187,20 +188,20 @@ def caption_sentence() -> str:
 # speed
 
 
-def layer_speed(preset: str) -> float:
+def layer_speed(preset: str, suffix: str = "") -> float:
     """Speed of whole layers over bfloat16 ``F.linear``: geometric mean of the shapes of many tokens."""
     return statistics.geometric_mean(
         layer["ratio_to_bf16"]
-        for layer in read("linear")["layers"]
+        for layer in read(f"linear{suffix}")["layers"]
         if layer["preset"] == preset and layer["shape"][0] >= MANY_TOKENS
     )
 
 
-def layer_sentence() -> str:
-    large = {tuple(row["shape"]) for row in read("linear")["layers"] if row["shape"][0] >= MANY_TOKENS}
+def layer_sentence(suffix: str = "") -> str:
+    large = {tuple(row["shape"]) for row in read(f"linear{suffix}")["layers"] if row["shape"][0] >= MANY_TOKENS}
     return (
-        f"layers **{layer_speed('w4a8'):.2f} x** bfloat16 `F.linear` (mean of {len(large)} shapes), "
-        f"a PixArt step {read('step')['ratio_to_bf16']:.2f} x"
+        f"layers **{layer_speed('w4a8', suffix):.2f} x** bfloat16 `F.linear` (mean of {len(large)} shapes), "
+        f"a PixArt step {read(f'step{suffix}')['ratio_to_bf16']:.2f} x"
     )
 
 
@@ -230,9 +231,9 @@ def three_speeds_table() -> str:
     return table((f"on {machine(linear)}", "speed"), lines)
 
 
-def layers_table() -> str:
+def layers_table(suffix: str = "") -> str:
     """Whole layers beside float and other libraries."""
-    linear = read("linear")
+    linear = read(f"linear{suffix}")
     presets, shapes = (
         list(dict.fromkeys(tuple(row[key]) if key == "shape" else row[key] for row in linear["layers"]))
         for key in ("preset", "shape")
@@ -259,15 +260,17 @@ def layers_table() -> str:
     }
     chosen = "; ".join(f"{preset}: {', '.join(kinds)}" for preset, kinds in rotations.items())
     header = "tokens, in, out", *presets, f"{first}, cold", "float32", f"{first} over `_int_mm`"
+    isa = linear["isa"].removeprefix("CPU kernels: native, ").split(",")[0]
+    clock = ", CPU time" if linear.get("clock") == "cpu" else ""
     return (
-        f"{machine(linear)}, {linear['isa'].removeprefix('CPU kernels: native, ').split(',')[0]} kernels; rotations "
+        f"{machine(linear)}{clock}, {isa} kernels; rotations "
         f"chosen for these inputs: {chosen}.\n\n{table((*header, *(f'{first} over {name}' for name in peers)), lines)}"
     )
 
 
-def step_table() -> str:
+def step_table(suffix: str = "") -> str:
     """Where a denoising step spends its time."""
-    step = read("step")
+    step = read(f"step{suffix}")
     models = list(step["parts"])
     lines = [(part, *(f"{step['parts'][model][part]:.2f} s" for model in models)) for part in step["parts"][models[0]]]
     return (
@@ -278,8 +281,8 @@ def step_table() -> str:
     )
 
 
-def attention_table() -> str:
-    attention = read("attention")
+def attention_table(suffix: str = "") -> str:
+    attention = read(f"attention{suffix}")
     lines = [
         (
             row["name"], row["shape"].replace(",", ", "), f"{row['gflops']:.0f}", f"{row['torch_gflops']:.0f}",
@@ -363,14 +366,17 @@ def documents() -> dict[Path, str]:
             "single-layers": single_layers_table(),
             "levels": levels_table(),
             "layers": layers_table(),
+            "layers-amx": layers_table(AMX),
             "step": step_table(),
+            "step-amx": step_table(AMX),
             "attention": attention_table(),
+            "attention-amx": attention_table(AMX),
             "quantizer": quantizer_table(),
         },
         "docs/ARCHITECTURE.md": {"wings": wings_table()},
     }
     inline = {
-        "README.md": {"layer-speed": layer_sentence()},
+        "README.md": {"layer-speed": layer_sentence(), "amx-speed": layer_sentence(AMX)},
         str(DEMO_CARD.relative_to(ROOT)): {"share": caption_sentence()},
     }
     texts = {}

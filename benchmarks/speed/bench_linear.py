@@ -13,6 +13,9 @@ Caches: each timed call follows an untimed one of the same contender, so that al
 as far as they fit, whoever ran before. Below 1024 tokens this decides, so the other end is measured, too: before each
 "cold" call more memory than the last cache holds is written, which drives out everything, the interpreter included.
 
+On a machine that others use, too, --clock cpu counts the process's CPU time over its threads; they should wait
+passively then (OMP_WAIT_POLICY=passive). It does not see threads that wait for each other.
+
 Output buffers: a fresh large block costs page faults that every library pays alike. By default malloc is told to keep
 and reuse freed memory (glibc only), for all contenders; --fresh-buffers leaves it alone.
 """
@@ -46,6 +49,10 @@ ROUNDS, PAUSE = 5, 0.1  # of a peer and ours; seconds
 FEW_TOKENS = 1024  # below, what is in the caches decides
 FLUSH_BYTES = 256 << 20  # more than a last cache holds
 DIRECTIONS = QuantizationConfig().principal_rank
+CLOCKS: dict[str, Callable[[], float]] = {
+    "wall": time.perf_counter,
+    "cpu": lambda: time.process_time() / torch.get_num_threads(),
+}
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 
 
@@ -164,8 +171,10 @@ PEERS = {
 }
 
 
-def measure(contenders: dict[str, Callable], seconds: float, is_cold: bool = False) -> dict[str, float]:
-    """Median time of each, in turns, after an untimed call of the same contender or with cold caches.
+def measure(
+    contenders: dict[str, Callable], seconds: float, is_cold: bool = False, clock: str = "wall"
+) -> dict[str, float]:
+    """Median time of each by one of CLOCKS, in turns, after an untimed call of the same contender or with cold caches.
 
     Every turn has another order: who follows the one that sweeps most out of the caches pays for it.
     """
@@ -173,15 +182,15 @@ def measure(contenders: dict[str, Callable], seconds: float, is_cold: bool = Fal
     for call in contenders.values():
         call(), call()
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    turns, order = random.Random(0), list(contenders.items())
+    turns, order, now = random.Random(0), list(contenders.items()), CLOCKS[clock]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[order[0][0]]) < 5:
         turns.shuffle(order)
         for name, call in order:
             other.add_(1) if is_cold else call()
-            start = time.perf_counter()
+            start = now()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -197,7 +206,9 @@ def compare_in_rounds(peer: dict[str, Callable], ours: dict[str, Callable], seco
     return statistics.median(ratios)
 
 
-def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: float, has_peers: bool) -> list[dict]:
+def measure_shape(
+    shape: tuple[int, int, int], presets: list[str], seconds: float, has_peers: bool, clock: str
+) -> list[dict]:
     rows, in_features, out_features = shape
     linear = nn.Linear(in_features, out_features).bfloat16().requires_grad_(False)
     x = activations(rows, in_features)
@@ -218,8 +229,8 @@ def measure_shape(shape: tuple[int, int, int], presets: list[str], seconds: floa
         contenders[f"  prologue of {preset}"] = lambda layer=layer: layer.quantize_input(x)
         contenders[f"  product of {preset}"] = build_product(layer, x)
     with torch.no_grad():
-        times = measure(contenders, seconds)
-        cold = measure(contenders, seconds, is_cold=True) if rows < FEW_TOKENS else {}
+        times = measure(contenders, seconds, clock=clock)
+        cold = measure(contenders, seconds, is_cold=True, clock=clock) if rows < FEW_TOKENS else {}
         peak = measure_peak() if native.is_available() else math.nan
         ratios, own = {}, {"ours": contenders[f"ours {presets[0]}"]}
         for name, build in PEERS.items() if has_peers else ():
@@ -272,6 +283,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--seconds", type=float, default=3.0, help="for each shape")
     parser.add_argument("--without-peers", action="store_true")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--fresh-buffers", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -284,10 +296,11 @@ def main() -> None:
     layers = []
     for group in arguments.shapes.split(","):
         for shape in SHAPES[group]:
-            layers += measure_shape(shape, presets, arguments.seconds, not arguments.without_peers)
+            layers += measure_shape(shape, presets, arguments.seconds, not arguments.without_peers, arguments.clock)
     large = [layer["ratio_to_bf16"] for layer in layers if layer["shape"][0] >= 1024]
     machine = {"processor": read_processor(), "threads": arguments.threads}
-    summary = {"machine": machine, "threads": arguments.threads, "isa": native.describe()[0], "buffers_reused": is_kept}
+    how = {"threads": arguments.threads, "clock": arguments.clock, "buffers_reused": is_kept}
+    summary = {"machine": machine, "isa": native.describe()[0], **how}
     if large:
         summary |= {"geometric_mean": statistics.geometric_mean(large), "smallest": min(large)}
         print(
