@@ -9,7 +9,7 @@ from tiny_pipelines import FLUX_CALL, flux
 from torch import nn
 
 import lrqdit
-from lrqdit.errors import ModelError
+from lrqdit.errors import ConfigError, ModelError
 from lrqdit.packed.linear import MARKER, QuantLinear
 
 CPU = torch.device("cpu")
@@ -170,3 +170,15 @@ def test_the_advice_for_an_offloaded_model_works():
         lrqdit.quantize(either, "w4a8", is_calibrated=False, show_progress=False)
     pipeline.enable_sequential_cpu_offload(device="cpu")
     assert torch.equal(run(pipeline), run(plain))
+
+
+def test_what_diffusers_would_not_load_is_an_error_in_words(saved, tmp_path):
+    load = diffusers.FluxTransformer2DModel.from_pretrained
+    with pytest.raises(ConfigError, match="offload_state_dict=True without .* leave it out"):
+        load(saved[0] / "transformer", offload_state_dict=True)
+    flux().transformer.save_pretrained(tmp_path / "plain")
+    config, devices = lrqdit.LRQDiTConfig("w4a8"), {"transformer_blocks": "disk", **DEVICES}
+    with pytest.raises(ConfigError, match="while a part of it is loaded to the disk; .* save it, and load"):
+        load(tmp_path / "plain", quantization_config=config, device_map=devices, offload_folder=tmp_path / "offload")
+    load(tmp_path / "plain", quantization_config=config).save_pretrained(tmp_path / "small")
+    load(tmp_path / "small", device_map=devices, offload_folder=tmp_path / "offload")

@@ -154,6 +154,14 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         self._dtype = torch_dtype
         return torch_dtype
 
+    def update_device_map(self, device_map: Any) -> Any:
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ConfigError(
+                "a model cannot be quantized while a part of it is loaded to the disk; load it without that, save it, "
+                "and load the quantized folder with this device_map"
+            )
+        return device_map
+
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._header = {}
         for file in checkpoint_files:
@@ -221,7 +229,15 @@ class LRQDiTQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._plan:
-            raise CheckpointError(f"the checkpoint lacks the weight of {next(iter(self._plan))}; copy it again")
+            raise CheckpointError(
+                f"the weight of {next(iter(self._plan))} did not come: the checkpoint lacks it, or "
+                "offload_state_dict=True keeps it in a file; copy the folder again, or leave that out"
+            )
+        if any(layer.packed.is_meta and not hasattr(layer, "_hf_hook") for layer in self._layers.values()):
+            raise ConfigError(
+                "offload_state_dict=True without a part of the model on the disk loads nothing in diffusers; leave it "
+                "out: files are mapped into memory anyway"
+            )
         checkpoint.finish_layers(model)
         attention.start()
         if self._dtype is None:  # the dtype of the layers that are stored as they were

@@ -103,7 +103,7 @@ def linear_layers(module: nn.Module) -> dict[str, Linear]:
     """
     spec, found = find_spec(module), {}
     owners = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
-    tied: set[str] = set(getattr(module, "all_tied_weights_keys", None) or ())  # of transformers, which ties what it has loaded
+    tied: set[str] = set(getattr(module, "all_tied_weights_keys", None) or ())  # transformers: loading ties them
     for name, layer in module.named_modules():
         linear = as_linear(layer)
         is_named = isinstance(linear, Pointwise) and spec is not GENERIC and re.fullmatch(spec.quantized, name)
