@@ -320,7 +320,7 @@ def test_lora(tmp_path):
     other.disable_lora()
     assert torch.equal(run_model(other), expected)
     other.enable_lora()
-    with pytest.raises(ModelError, match="LoRA"):
+    with pytest.raises(ModelError, match="lrqdit.fuse_lora"):
         other.fuse_lora()
     other.unload_lora()
     assert torch.equal(run_model(other), expected)

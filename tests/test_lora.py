@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 from tiny_pipelines import FLUX_CALL, SD3_CALL, WAN_CALL, flux, flux_transformer, sd3, wan
 
 import lrqdit
-from lrqdit.errors import ModelError
+from lrqdit.errors import ModelError, NumericalError
 from lrqdit.packed.checkpoint import stored_tensors
 from lrqdit.packed.linear import QuantLinear
 
 # PEFT and diffusers warn of several adapters, and of merging
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a:UserWarning", "ignore:.*merg:UserWarning")
 ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+KINDS_OF_ENCODER = peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
 CALLS = {"flux": FLUX_CALL, "sd3": SD3_CALL, "wan": WAN_CALL}
 
 
@@ -258,7 +259,7 @@ def test_the_advice_for_merging_works(tmp_path):
     pipeline = quantized(flux())
     pipeline.load_lora_weights(source, adapter_name="a")
     beside = run(pipeline)
-    with pytest.raises(ModelError, match=r"merge them for good with lrqdit\.fuse_lora"):
+    with pytest.raises(ModelError, match=r"merge adapters for good with lrqdit\.fuse_lora"):
         pipeline.fuse_lora()
     errors = lrqdit.fuse_lora(pipeline, ["a"], lora_scale=1.0)
     assert all("attn.to_" in name for name in errors)
@@ -324,3 +325,91 @@ def test_a_state_dict_answers_for_packed_weights():
             state[missing]
     assert type(copy.deepcopy(state)).__name__ == "OrderedDict"
     model.load_state_dict(copy.deepcopy(state))
+
+
+def test_fusing_what_has_no_loader_of_diffusers(tmp_path):
+    """Wrappers go away with their adapters, also in a text encoder and in a plain module."""
+    pipeline = quantized(flux())
+    for model in (pipeline.text_encoder, pipeline.text_encoder_2):
+        targets = ["q_proj"] if model is pipeline.text_encoder else ["q"]
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model)
+    pipeline.transformer.add_adapter(KINDS["lora"])
+    beside = run(pipeline)
+    lrqdit.fuse_lora(pipeline)
+    parts = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer)
+    assert not any("lora_" in name or "base_layer" in name for part in parts for name, _ in part.named_modules())
+    fused = run(pipeline)
+    assert relative(fused, beside) < 0.2
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(run(diffusers.FluxPipeline.from_pretrained(tmp_path)), fused)
+
+    module, x = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), torch.randn(8, 64)
+    lrqdit.quantize(module, "w8a8", is_calibrated=False, show_progress=False)
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(module, config)
+    beside = wrapped(x).detach()
+    with pytest.raises(ModelError, match=r"PEFT's wrapper .* use model\.get_base_model\(\)"):
+        lrqdit.fuse_lora(wrapped)
+    inside = wrapped.get_base_model()
+    lrqdit.fuse_lora(inside)
+    assert relative(inside(x).detach(), beside) < 0.05
+
+
+def test_fusing_some_adapters_leaves_the_others(tmp_path):
+    one, two = random_lora(tmp_path / "a", flux(), ATTENTION), random_lora(tmp_path / "b", flux(), ATTENTION, 2, 2)
+
+    def load(active):
+        pipeline = quantized(flux(), "w8a8")
+        pipeline.load_lora_weights(one, adapter_name="a")
+        pipeline.load_lora_weights(two, adapter_name="b")
+        pipeline.set_adapters(active)
+        return pipeline
+
+    pipeline = load(["a", "b"])
+    beside = run(pipeline)
+    lrqdit.fuse_lora(pipeline, ["a"])
+    assert pipeline.get_list_adapters() == {"transformer": ["b"]}
+    assert relative(run(pipeline), beside) < 0.1
+    only = load(["a"])
+    lrqdit.fuse_lora(only, "b")  # not active, but named
+    only.set_adapters(["a"])
+    assert relative(run(only), beside) < 0.1
+    half = load(["a", "b"])
+    lrqdit.fuse_lora(half, ["a"], lora_scale=0.5)
+    scales = {layer.scaling["b"] for layer in half.transformer.modules() if "b" in getattr(layer, "scaling", {})}
+    assert scales == {1.0}
+
+
+def test_fusing_that_fails_changes_nothing(tmp_path):
+    pipeline = quantized(flux())
+    pipeline.load_lora_weights(random_lora(tmp_path, flux(), [*ATTENTION, "x_embedder"]), adapter_name="a")
+    beside = run(pipeline)
+    with pytest.raises(ModelError, match="there is no adapter 'nope'; there is a"):
+        lrqdit.fuse_lora(pipeline, ["nope"])
+    with pytest.raises(NumericalError, match="not finite"):
+        lrqdit.fuse_lora(pipeline, lora_scale=float("nan"))
+    with pytest.raises(ModelError, match=r"lrqdit\.fuse_lora\(pipe\)"):
+        pipeline.fuse_lora(lora_scale=0.5)
+    assert torch.equal(run(pipeline), beside)
+    last = [layer for layer in pipeline.transformer.modules() if "a" in getattr(layer, "lora_A", {})][-1]
+    last.lora_A["a"].weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="an adapter at .* is not finite"):
+        lrqdit.fuse_lora(pipeline)
+    last.lora_A["a"].weight.data[0, 0] = 0.0
+    pipeline.unload_lora_weights()
+    assert torch.equal(run(pipeline), run(quantized(flux())))
+
+
+def test_a_fused_text_encoder_is_quantized():
+    pipeline = flux()
+    peft.inject_adapter_in_model(KINDS_OF_ENCODER, pipeline.text_encoder_2)
+    with pytest.raises(ModelError, match="not fused"):
+        lrqdit.quantize(pipeline.text_encoder_2, "w8a16", is_calibrated=False, show_progress=False)
+    for layer in pipeline.text_encoder_2.modules():
+        if hasattr(layer, "merged_adapters"):
+            layer.merge()
+    exact = run(pipeline)
+    lrqdit.quantize(pipeline.text_encoder_2, "w8a16", is_calibrated=False, show_progress=False)
+    assert relative(run(pipeline), exact) < 0.05
+    with pytest.raises(ModelError, match=r"quantize model\.merge_and_unload\(\)"):
+        lrqdit.quantize(peft.get_peft_model(flux().transformer, KINDS["lora"]), "w8a8", is_calibrated=False)

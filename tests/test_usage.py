@@ -363,3 +363,43 @@ def test_a_controlnet_from_a_quantized_transformer():
     plain = flux().transformer
     same = diffusers.FluxControlNetModel.from_transformer(plain, **sizes).state_dict()
     assert torch.equal(same["x_embedder.weight"], plain.x_embedder.weight)
+
+
+def test_a_text_is_no_list_of_prompts():
+    for prompts in ("a red fox", {"prompt": "a red fox"}, 3):
+        with pytest.raises(ConfigError, match="is not a list; pass several"):
+            lrqdit.quantize(flux(), "w4a8", prompts=prompts)
+
+
+def test_a_calibration_of_something_else():
+    pipeline = flux()
+    seen = lrqdit.observe(pipeline, prompts=["a"], steps=1, arguments=FLUX_CALL, show_progress=False)
+    with pytest.raises(ConfigError, match="calibration has transformer, but no FluxTransformer2DModel"):
+        lrqdit.quantize(pipeline.transformer, "w4a8", calibration=seen)
+    with pytest.raises(ConfigError, match="another model; pass what lrqdit.observe returned"):
+        other = flux_transformer(in_channels=32, out_channels=32)
+        other.transformer_blocks[0].attn.to_q = nn.Linear(32, 64)
+        lrqdit.quantize(other, "w4a8", calibration={"FluxTransformer2DModel": seen["transformer"]})
+    for wrong in ({"x": 1}, "folder", {}):
+        with pytest.raises(ConfigError, match="pass what lrqdit.observe returned"):
+            lrqdit.quantize(flux(), "w4a8", calibration=wrong)
+
+
+def test_inference_mode_changes_nothing():
+    plain, inside = quantized(flux()), flux()
+    with torch.inference_mode():
+        quantized(inside)
+    assert torch.equal(run(inside), run(plain))
+
+
+def test_the_card_is_of_what_was_saved_last(tmp_path):
+    pipeline, other = flux(), flux()
+    for target, preset in ((pipeline, "w4a8"), (other, "w8a8")):
+        lrqdit.quantize(target, preset, is_calibrated=False, show_progress=False)
+    pipeline.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    assert "w8a8" in card.read_text() and "w4a8" not in card.read_text()
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    pipeline.save_pretrained(tmp_path)
+    assert "My own words" in card.read_text()

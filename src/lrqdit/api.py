@@ -120,10 +120,13 @@ def quantize(
         for layer_name, treatment in plan.items():
             if treatment != models.KEPT:
                 check_finite(layer_name, layers[name][layer_name])
+    if is_calibrated and calibration is not None:
+        _check_calibration(calibration, layers)
     start = time.monotonic()
     bytes_before = sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
     parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # there are no gradients in it
         stack.enter_context(without_caches(modules.values()))
         stack.enter_context(without_compiler())
         folders: dict[str, RunFolder] = {}
@@ -135,7 +138,7 @@ def quantize(
                     stored_dtypes=stored_dtypes,
                 )  # fmt: skip
                 folders[name] = stack.enter_context(RunFolder(Path(resume_folder) / name, marks))
-        observed: dict[str, Calibration] = calibration or {}
+        observed: dict[str, Calibration] = {} if calibration is None else calibration
         if is_calibrated and calibration is None:
             kept = {name: found for name, folder in folders.items() if (found := folder.load_calibration()) is not None}
             observed = kept if kept.keys() == modules.keys() else observe(
@@ -167,6 +170,21 @@ def quantize(
     size = measure_size(nn.ModuleDict({name.replace(".", "_"): module for name, module in modules.items()}))
     times = calibrated - start, time.monotonic() - calibrated
     return CalibrationReport(config, reports, size, parameters, bytes_before, *times)
+
+
+def _check_calibration(calibration: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise unless a calibration is of these modules."""
+    advice = "pass what lrqdit.observe returned for this very pipeline or module"
+    if not isinstance(calibration, Mapping) or not all(isinstance(c, Calibration) for c in calibration.values()):
+        raise ConfigError(f"calibration is a {type(calibration).__name__} of something else; {advice}")
+    for name, found in layers.items():
+        if name not in calibration:
+            raise ConfigError(f"calibration has {', '.join(calibration) or 'nothing'}, but no {name}; {advice}")
+        for group in calibration[name].groups:
+            for layer in group.names:
+                width = len(group.stats.channel_sum)
+                if layer not in found or found[layer].weight.shape[1] != width:
+                    raise ConfigError(f"calibration saw {name}.{layer} read {width} channels, another model; {advice}")
 
 
 def _attach(module: nn.Module, config: QuantizationConfig) -> None:
@@ -298,6 +316,7 @@ def observe(
         for observer in observers.values():
             stack.enter_context(observer)
         stack.enter_context(recorded_steps(modules, getattr(target, "scheduler", None), recorders))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_compiler())
         forward_loop(target)

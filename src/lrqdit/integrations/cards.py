@@ -39,6 +39,7 @@ from diffusers import {kind}
 *True bits* are all that is stored, scales and layers left as they were included, over all parameters. The layers'
 formats are in `config.json`; `lrqdit inspect` lists them.
 """
+_OURS = re.compile(re.sub(r"\\{\w+\\}", r"[\\s\\S]*?", re.escape(TEXT)))
 
 
 def install() -> None:
@@ -66,9 +67,14 @@ def _with_card(plain: Any) -> Any:
             )
         result = plain(self, *arguments, **keywords)
         folder = Path(given["save_directory"])
-        # push_to_hub writes a card of its own
-        if parts and given.get("is_main_process", True) and folder.is_dir() and not (folder / CARD_FILE).exists():
-            (folder / CARD_FILE).write_text(describe(self, parts), encoding="utf-8")
+        card = folder / CARD_FILE
+        # push_to_hub writes a card of its own; an unedited one of ours is of what was here before
+        is_ours = card.is_file() and _OURS.fullmatch(card.read_text(encoding="utf-8", errors="replace")) is not None
+        if given.get("is_main_process", True) and folder.is_dir() and (is_ours or not card.exists()):
+            if parts:
+                card.write_text(describe(self, parts), encoding="utf-8")
+            elif is_ours:
+                card.unlink()
         return result
 
     return save_pretrained

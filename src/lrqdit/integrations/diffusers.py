@@ -252,6 +252,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
                 model.set_submodule(name, layer.to_linear())
+        vars(model).pop("fuse_lora", None)
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if "quantization" not in k})
         model.quantization_method = None
         return model
@@ -267,6 +268,8 @@ def attach(model: Any, config: QuantizationConfig, quantizer: LRQDiTQuantizer | 
     model.quantization_method = QuantizationMethod.LRQDIT
     # diffusers forbids .to(dtype), .half() and .float() on a model with is_quantized; integer buffers survive them
     model.is_quantized = False
+    if hasattr(model, "fuse_lora"):
+        model.fuse_lora = _refuse_fusing
     # every process has loaded the same, and no backend of DistributedDataParallel broadcasts 16-bit integers
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
     model._ddp_params_and_buffers_to_ignore = [
@@ -279,6 +282,14 @@ def attach(model: Any, config: QuantizationConfig, quantizer: LRQDiTQuantizer | 
         model._register_state_dict_hook(_answer_weights)
     model.register_to_config(quantization_config=quantizer.quantization_config)
     cards.install()
+
+
+def _refuse_fusing(*arguments: Any, **keywords: Any) -> None:
+    """What ``fuse_lora`` of a quantized model is; diffusers' own would fail in the middle."""
+    raise ModelError(
+        "the weights of quantized layers cannot be changed: merge adapters for good with lrqdit.fuse_lora(pipe), or "
+        "keep them beside the weights"
+    )
 
 
 class _StateDict(OrderedDict[str, Any]):

@@ -74,6 +74,8 @@ def check_records(
         ConfigError: if there is none, one has no prompt, or a picture is missing or cannot be read.
         ModelError: if the pipeline lacks an argument of a record, or needs one that is not given.
     """
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts={prompts!r} is not a list; pass several, as in prompts=['a red fox', 'a ship']")
     records = [
         {"prompt": found} if isinstance(found, str) else _with_paths(found, f"prompts[{index}]")
         for index, found in enumerate(prompts)
