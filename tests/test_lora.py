@@ -355,6 +355,22 @@ def test_fusing_what_has_no_loader_of_diffusers(tmp_path):
     assert relative(inside(x).detach(), beside) < 0.05
 
 
+@pytest.mark.parametrize("kind", [peft.IA3Config, peft.FourierFTConfig])
+def test_fusing_adapters_without_a_scale(kind):
+    settings = {"feedforward_modules": []} if kind is peft.IA3Config else {"n_frequency": 10}
+    pipeline = quantized(flux(), "w8a8")
+    pipeline.transformer.add_adapter(kind(target_modules=["attn.to_q"], **settings))
+    torch.manual_seed(0)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if ".default" in name and parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter))
+    beside = run(pipeline)
+    with pytest.raises(ModelError, match="has no scale for lora_scale=0.5; leave that out"):
+        lrqdit.fuse_lora(pipeline, lora_scale=0.5)
+    lrqdit.fuse_lora(pipeline)
+    assert relative(run(pipeline), beside) < 0.01
+
+
 def test_fusing_some_adapters_leaves_the_others(tmp_path):
     one, two = random_lora(tmp_path / "a", flux(), ATTENTION), random_lora(tmp_path / "b", flux(), ATTENTION, 2, 2)
 

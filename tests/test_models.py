@@ -1,7 +1,6 @@
 import dataclasses
 import re
 
-import peft
 import pytest
 from conftest import build_tiny_pipeline
 from tiny_transformers import TINY, build_model
@@ -200,13 +199,6 @@ def test_module_without_blocks():
 def test_subclasses_of_linear_are_left_alone():
     model = nn.TransformerEncoderLayer(8, 2, 16)
     assert set(sort_layers(model)[0]) == {"linear1", "linear2"}  # not self_attn.out_proj, which reads .weight
-
-
-def test_adapters_must_be_fused_first():
-    model = build_model("FluxTransformer2DModel")
-    model.add_adapter(peft.LoraConfig(target_modules=["to_q"], r=2))
-    with pytest.raises(ModelError, match=r"adapter at transformer_blocks\.0\.attn\.to_q; fuse it"):
-        plan(model, CONFIG)
 
 
 def test_exclude():

@@ -143,6 +143,15 @@ def test_fused_projections_after():
     assert torch.equal(run(pipeline), before)
 
 
+def test_a_stance_towards_compilation_is_the_users_again():
+    """Calibration sets one of its own meanwhile."""
+    with torch.compiler.set_stance("force_eager"):
+        quantized(flux())
+        graphs = []
+        torch.compile(nn.Linear(4, 4), backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(1, 4))
+        assert not graphs
+
+
 # several transformers
 
 
@@ -211,6 +220,19 @@ def test_text_encoders_in_the_pipelines_folder(with_encoders, tmp_path, caplog):
     half = transformers.T5EncoderModel.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
     layers = [m for m in half.modules() if isinstance(m, QuantLinear)]
     assert {m.weight.dtype for m in layers} == {torch.bfloat16} == {next(m.parameters()).dtype for m in layers}
+
+
+def test_text_encoders_are_offloaded_as_the_error_advises(with_encoders, tmp_path):
+    expected = run(with_encoders)
+    with_encoders.text_encoder_2.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded onto the disk; .* enable_sequential_cpu_offload or"):
+        transformers.T5EncoderModel.from_pretrained(tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "o")
+    with_encoders.enable_sequential_cpu_offload(device="cpu")
+    assert torch.equal(run(with_encoders), expected)
+    with_encoders.remove_all_hooks()
+    cpu = torch.device("cpu")
+    with_encoders.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    assert torch.equal(run(with_encoders), expected)
 
 
 def test_a_text_encoder_with_a_lost_tensor_is_refused(with_encoders, tmp_path):

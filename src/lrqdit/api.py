@@ -30,7 +30,7 @@ from lrqdit.integrations import diffusers as diffusers_plugin
 from lrqdit.integrations import has_transformers_5
 from lrqdit.integrations.caches import renew_cache, without_caches
 from lrqdit.integrations.generation import pipeline_loop
-from lrqdit.integrations.preparation import prepare, unwrap, without_compiler
+from lrqdit.integrations.preparation import prepare, unwrap
 from lrqdit.integrations.records import Record, check_records
 from lrqdit.kernels import cpu_attention as attention
 from lrqdit.models import registry as models
@@ -128,7 +128,7 @@ def quantize(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # there are no gradients in it
         stack.enter_context(without_caches(modules.values()))
-        stack.enter_context(without_compiler())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks see every layer of compiled models
         folders: dict[str, RunFolder] = {}
         if resume_folder is not None:
             for name, module in modules.items():
@@ -318,7 +318,7 @@ def observe(
         stack.enter_context(recorded_steps(modules, getattr(target, "scheduler", None), recorders))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(without_compiler())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks see every layer of compiled models
         forward_loop(target)
     check_seen(observers)
     return {name: Calibration(observer.groups(), recorders[name].steps()) for name, observer in observers.items()}

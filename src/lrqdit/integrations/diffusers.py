@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from lrqdit.config import QuantizationConfig
 from lrqdit.errors import CheckpointError, ConfigError, ModelError
-from lrqdit.fitting.layer import quantize_without_data
 from lrqdit.integrations import cards
 from lrqdit.integrations.float8 import from_float8
+from lrqdit.integrations.loading import make_dense, take_part
 from lrqdit.kernels import cpu_attention as attention
-from lrqdit.models.registry import KEPT, Treatment, as_linear, plan
+from lrqdit.models.registry import KEPT, Treatment, plan
 from lrqdit.packed import checkpoint
 from lrqdit.packed.files import check_safetensors
 from lrqdit.packed.format import (
@@ -215,17 +215,11 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         """Hold a layer's parts until all have come, then replace it by its quantized form."""
-        owner, _, leaf = param_name.rpartition(".")
-        layer = model.get_submodule(owner)
-        assert isinstance(layer, nn.Linear | nn.Conv2d)  # as the plan has no others
         # diffusers has cast param_value to the model's dtype; the state dict still has the original
         original = state_dict.get(param_name, param_value)
-        setattr(layer, leaf, nn.Parameter(original.detach(), requires_grad=False))
-        if layer.weight.is_meta or (layer.bias is not None and layer.bias.is_meta):
-            return
-        quantized = quantize_without_data(owner, as_linear(layer), self._plan.pop(owner), self.config)
-        quantized.answer_dtype(param_value.dtype)
-        model.set_submodule(owner, quantized.to(target_device))
+        if (quantized := take_part(model, param_name, original, self._plan, self.config)) is not None:
+            quantized.answer_dtype(param_value.dtype)
+            model.set_submodule(param_name.rpartition(".")[0], quantized.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._plan:
@@ -249,9 +243,7 @@ class LRQDiTQuantizer(DiffusersQuantizer):
         return model
 
     def _dequantize(self, model: Any) -> nn.Module:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, QuantLinear):
-                model.set_submodule(name, layer.to_linear())
+        make_dense(model)
         vars(model).pop("fuse_lora", None)
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if "quantization" not in k})
         model.quantization_method = None
@@ -266,7 +258,7 @@ def attach(model: Any, config: QuantizationConfig, quantizer: LRQDiTQuantizer | 
     quantizer.quantization_config.layers = values["layers"]
     model.hf_quantizer = quantizer
     model.quantization_method = QuantizationMethod.LRQDIT
-    # diffusers forbids .to(dtype), .half() and .float() on a model with is_quantized; integer buffers survive them
+    # diffusers forbids .to(dtype), .half() and .float() on a model with is_quantized; integer tensors survive them
     model.is_quantized = False
     if hasattr(model, "fuse_lora"):
         model.fuse_lora = _refuse_fusing

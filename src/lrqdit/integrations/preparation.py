@@ -1,11 +1,8 @@
 """What users do to a pipeline or a model before they quantize it: compiled, fused, offloaded, cast layer by layer."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from lrqdit.errors import ModelError
@@ -20,16 +17,6 @@ def unwrap(module: Any) -> nn.Module:
     while (inner := _WRAPPERS.get(type(module).__name__)) is not None:
         module = getattr(module, inner)
     return module
-
-
-@contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """Inside, compiled modules run as written, so that hooks see every layer."""
-    torch.compiler.set_stance("force_eager")
-    try:
-        yield
-    finally:
-        torch.compiler.set_stance("default")
 
 
 def check_in_memory(name: str, module: nn.Module) -> None:

@@ -20,9 +20,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from lrqdit.errors import CheckpointError, ModelError
-from lrqdit.fitting.layer import quantize_without_data
+from lrqdit.integrations.loading import make_dense, take_part
 from lrqdit.kernels import cpu_attention as attention
-from lrqdit.models.registry import KEPT, Treatment, as_linear, plan
+from lrqdit.models.registry import KEPT, Treatment, plan
 from lrqdit.packed import checkpoint
 from lrqdit.packed.files import check_safetensors
 from lrqdit.packed.format import FORMAT_NAMES
@@ -115,9 +115,7 @@ class LRQDiTHfQuantizer(HfQuantizer):
         return checkpoint.stored_tensors(model.state_dict()), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, QuantLinear):
-                model.set_submodule(name, layer.to_linear().to(dtype))
+        make_dense(model, lambda layer: layer if dtype is None else layer.to(dtype))
         return model
 
 
@@ -131,19 +129,13 @@ class _Quantize(ConversionOps):
         self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str,
         missing_keys: set[str] | None = None, **kwargs: Any,
     ) -> dict[str, Tensor]:  # fmt: skip
-        quantizer, (owner, _, leaf) = self.quantizer, full_layer_name.rpartition(".")
-        value = next(iter(input_dict.values()))
+        quantizer, value = self.quantizer, next(iter(input_dict.values()))
         value = value[0] if isinstance(value, list) else value
-        layer = model.get_submodule(owner)
-        assert isinstance(layer, nn.Linear)  # as the plan has no others
-        setattr(layer, leaf, nn.Parameter(value.detach(), requires_grad=False))
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
-        if layer.weight.is_meta or (layer.bias is not None and layer.bias.is_meta):
-            return {}
-        quantized = quantize_without_data(owner, as_linear(layer), quantizer.plan.pop(owner), quantizer.config)
-        quantized.answer_dtype(quantizer._dtype)
-        model.set_submodule(owner, quantized.to(value.device))
+        if (quantized := take_part(model, full_layer_name, value, quantizer.plan, quantizer.config)) is not None:
+            quantized.answer_dtype(quantizer._dtype)
+            model.set_submodule(full_layer_name.rpartition(".")[0], quantized.to(value.device))
         return {}
 
 

@@ -127,14 +127,8 @@ def plan(module: nn.Module, config: QuantizationConfig) -> dict[str, Treatment]:
         config: its bits, ``keep_bits`` and ``exclude`` (searched in the name): what it matches stays as it is.
 
     Raises:
-        ModelError: if an ``exclude`` pattern matches no layer, nothing is left to quantize, or adapters are attached.
+        ModelError: if an ``exclude`` pattern matches no layer, or nothing is left to quantize.
     """
-    adapted = next((name for name, _ in module.named_modules() if name.endswith(".base_layer")), None)
-    if adapted is not None:
-        raise ModelError(
-            f"{type(module).__name__} has an adapter at {adapted.removesuffix('.base_layer')}; fuse it into the "
-            "weights or unload it, quantize, and load it again onto the quantized model"
-        )
     layers = linear_layers(module)
     for pattern in config.exclude:
         if not any(re.search(pattern, name) for name in layers):
